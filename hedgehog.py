@@ -1,0 +1,478 @@
+"""Hedgehog linear attention, from the feature map to a GPT, in one file that needs nothing but torch.
+
+    Zhang, Bhatia, Kumbong, Ré. The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry.
+    ICLR 2024, https://arxiv.org/abs/2402.04347 ("the paper" below)
+
+Softmax attention compares every query with every key before it, which costs O(T^2):
+
+    y_t = sum_{s<=t} exp(q_t.k_s / sqrt(D)) v_s  /  sum_{s<=t} exp(q_t.k_s / sqrt(D))
+
+Linear attention replaces exp(q.k) by a product of features, phi(q).phi(k). Now phi(q_t) can be pulled out of both
+sums, and what is left of the past is one matrix that every token adds to. That costs O(T):
+
+    y_t = phi(q_t) S_t / phi(q_t).z_t        S_t = S_{t-1} + phi(k_t) v_t^T        z_t = z_{t-1} + phi(k_t)
+
+Hedgehog learns phi so that these weights imitate softmax's: phi(x) = [softmax(xW), softmax(-xW)].
+
+Letters
+    B batch    T time    C model width (n_embd)    H heads    D head width, C / H
+    P feature width, 2D for Hedgehog    N chunks of L tokens    q, k, v: (B, H, T, D) before the map
+    phi feature map    W, b its weight and bias    S state, the sum of phi(k) v^T over the past (z is its last column)
+
+Read from top to bottom: feature maps, four forms of linear attention, attention layer, GPT.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+FEATURE_MAPS = ("hedgehog", "hedgehog_exp", "elu", "relu", "t2r", "exp", "performer", "cosformer", "taylor")
+ATTENTIONS = ("softmax", *FEATURE_MAPS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature maps: (B, H, T, D) -> (B, H, T, P), never negative (but for the pairs of taylor, whose products are positive)
+
+
+class FeatureMap(nn.Module):
+    """phi: (B, H, T, D) -> (B, H, T, P), with P = `feature_dim`. Queries and keys usually have one each.
+
+    kind           phi(x)                                             P           source
+    hedgehog       [softmax(xW + b), softmax(-xW - b)], over features 2D          the paper, numerically stable form
+    hedgehog_exp   [exp(xW + b), exp(-xW - b)]                        2D          the paper, main text
+    elu            1 + elu(x)                                         D           Katharopoulos et al. 2020
+    relu           relu(x)                                            D           the baseline of the paper
+    t2r            relu(xW + b), always with b                        D           Kasai et al. 2021
+    exp            exp(temperature x)                                 D           the paper, section 3
+    performer      exp(w_i.x - |x|^2 / 2) / sqrt(m), w_i random       n_features  Choromanski et al. 2021 (FAVOR+)
+    cosformer      [relu(x) cos a, relu(x) sin a], a = pi t / 2M      2D          Qin et al. 2022; M = max_len
+    taylor         [1, x, (x outer x) / sqrt 2]: 1 + s + s^2 / 2      1 + D + D^2 Keles et al. 2023
+
+    The last three and `hedgehog` at the start stand for exp(q.k / sqrt(D)) or part of it; performer and taylor take
+    the 1 / sqrt(D) into x, the others see x as it is. `weight` is (H, D, D), the identity at the start; `bias` (H, D),
+    zero at the start. Features are float32 at least, also under autocast: they span too many orders of magnitude.
+    flash-linear-attention differs: one joint softmax of [2xW, -2xW] and one W for all heads.
+    """
+
+    def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, temperature=1.0, n_features=None, max_len=1024):
+        super().__init__()
+        if kind not in FEATURE_MAPS:
+            raise ValueError(f"unknown feature map {kind!r}: choose one of {', '.join(FEATURE_MAPS)}")
+        H, D, m = n_head, head_dim, n_features or 2 * head_dim
+        self.kind, self.temperature, self.max_len = kind, temperature, max_len
+        self.feature_dim = {"performer": m, "taylor": 1 + D + D * D, "hedgehog": 2 * D, "hedgehog_exp": 2 * D,
+                            "cosformer": 2 * D}.get(kind, D)
+        learned = kind in ("hedgehog", "hedgehog_exp", "t2r")
+        self.weight = nn.Parameter(torch.eye(D).repeat(H, 1, 1)) if learned else None
+        self.bias = nn.Parameter(torch.zeros(H, D)) if learned and (bias or kind == "t2r") else None
+        if kind == "performer":
+            self.register_buffer("projection", orthogonal_gaussian(H, m, D))
+
+    def forward(self, x, offset=0, is_query=False):
+        """x (B, H, T, D) -> (B, H, T, P). `offset`: position of x[:, :, 0] (cosformer). `is_query`: see `safe_exp`."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = at_least_float32(x)
+            u = x
+            if self.weight is not None:
+                u = x @ self.weight.to(x.dtype)                                  # (B, H, T, D) @ (H, D, D)
+            if self.bias is not None:
+                u = u + self.bias.to(x.dtype).unsqueeze(-2)
+            if self.kind == "hedgehog":
+                return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)  # each half sums to one
+            if self.kind == "hedgehog_exp":
+                return safe_exp(torch.cat((u, -u), dim=-1), is_query)
+            if self.kind == "elu":
+                return 1 + F.elu(x)
+            if self.kind in ("relu", "t2r"):
+                return F.relu(u)
+            if self.kind == "exp":
+                return safe_exp(self.temperature * x, is_query)
+            if self.kind == "cosformer":
+                return self.cosformer(x, offset)
+            x = x * x.shape[-1] ** -0.25                       # so that q.k below is q.k / sqrt(D) of the raw ones
+            if self.kind == "performer":
+                u = x @ self.projection.to(x.dtype).mT - x.square().sum(-1, keepdim=True) / 2
+                return safe_exp(u, is_query) / math.sqrt(self.feature_dim)
+            pairs = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2)               # taylor: (B, H, T, D^2)
+            return torch.cat((torch.ones_like(x[..., :1]), x, pairs), dim=-1)
+
+    def cosformer(self, x, offset):
+        """cos(a_t - a_s) = cos a_t cos a_s + sin a_t sin a_s: near keys weigh more than far ones."""
+        T = x.shape[-2]
+        if offset + T > self.max_len:
+            raise ValueError(f"cosformer was built for max_len={self.max_len} positions, got {offset + T}")
+        a = torch.arange(offset, offset + T, device=x.device, dtype=x.dtype).unsqueeze(-1) * math.pi / (2 * self.max_len)
+        return torch.cat((F.relu(x) * a.cos(), F.relu(x) * a.sin()), dim=-1)
+
+
+def safe_exp(u, is_query, cap=50.0):
+    """exp(u) (..., P) that cannot overflow where it is summed and multiplied later.
+
+    A factor on a query cancels in the normalised attention, so a query may be shifted by its own maximum: exact. A
+    factor on a key reweights that key against the others: a shift by the key's own maximum (`exp_dim` in LoLCATs) is
+    another function, and one by the maximum over time would let the future touch the past. So keys are not shifted;
+    they are exact up to e^50, and a feature that would be larger stays there.
+    """
+    if is_query:
+        u = u - u.amax(dim=-1, keepdim=True).detach()
+    return u.clamp(max=cap).exp()
+
+
+def orthogonal_gaussian(n_head, m, D):
+    """(H, m, D): Gaussian rows, orthogonal within each block of D, which lowers the variance (Choromanski et al.)."""
+    n_block = math.ceil(m / D)
+    directions = torch.linalg.qr(torch.randn(n_head, n_block, D, D)).Q.flatten(1, 2)                     # unit rows
+    lengths = torch.randn(n_head, n_block * D, D).norm(dim=-1, keepdim=True)
+    return (directions * lengths)[:, :m]
+
+
+def at_least_float32(x):
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear attention, four ways to the same numbers. q, k: (B, H, T, P), after the map. v: (B, H, T, D+1), its last column
+# ones, so that the denominator is one more output column and takes the same path as the numerator.
+
+
+def quadratic(q, k, v):
+    """O(T^2): the (T, T) weights themselves. The definition, and the oracle of the tests."""
+    return (q @ k.mT).tril() @ v                                                          # (B, H, T, T) @ (B, H, T, D+1)
+
+
+def cumsum(q, k, v):
+    """O(T) time, but O(T P D) memory: the state after every token at once. For reading."""
+    S = (k.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(dim=2)                                 # (B, H, T, P, D+1)
+    return (q.unsqueeze(-2) @ S).squeeze(-2)
+
+
+def recurrent(q, k, v, S):
+    """One token after the other: O(P D) a token however long the past. For generation. S: (B, H, P, D+1)."""
+    y = []
+    for t in range(q.shape[2]):
+        S = S + k[:, :, t].unsqueeze(-1) * v[:, :, t].unsqueeze(-2)
+        y.append(q[:, :, t].unsqueeze(-2) @ S)                                            # (B, H, 1, D+1)
+    return torch.cat(y, dim=2), S
+
+
+def chunked(q, k, v, S, chunk_size):
+    """O(T): quadratic inside a chunk of L tokens, one state a chunk for all that came before. For training.
+
+        y_n = tril(q_n k_n^T) v_n + q_n S_n        S_n = S + sum_{m<n} k_m^T v_m
+
+    The sum over m is a product with an (N, N) triangle, which beats `torch.cumsum` in time and memory, forward and
+    backward, as long as N is small: call it with a few chunks and carry S (`linear_attention` does).
+    """
+    T = q.shape[2]
+    L = min(chunk_size, T)
+    if T % L:  # zero in k and in the ones column of v: the padding counts as no key
+        q, k, v = (F.pad(x, (0, 0, 0, -T % L)) for x in (q, k, v))
+    q, k, v = (x.unflatten(2, (-1, L)) for x in (q, k, v))                                # (B, H, N, L, ...)
+    kv = k.mT @ v                                                                         # (B, H, N, P, D+1)
+    before = kv.new_ones(kv.shape[2], kv.shape[2]).tril(-1)                               # (N, N), m < n
+    S_n = S.unsqueeze(2) + (before @ kv.flatten(-2)).view_as(kv)
+    y = (q @ k.mT).tril() @ v + q @ S_n                                                   # (B, H, N, L, D+1)
+    return y.flatten(2, 3)[:, :, :T], S + kv.sum(dim=2)
+
+
+def bidirectional(q, k, v):
+    """Every query sees every key (BERT): two matrix products, O(T)."""
+    return q @ (k.mT @ v)
+
+
+def linear_attention(q, k, v, form="chunked", causal=True, state=None, return_state=False, chunk_size=64, eps=1e-30):
+    """y_t = sum_{s<=t} (q_t.k_s) v_s / sum_{s<=t} (q_t.k_s), for q and k that have been through the feature map.
+
+    q, k: (B, H, T, P), v: (B, H, T, D), all of one dtype and device. Returns y (B, H, T, D) in the dtype of v, and
+    with `return_state` the pair (y, state), the state being (B, H, P, D+1), float32 at least.
+
+    form: "quadratic", "cumsum", "chunked" or "recurrent": the same function, for any T >= 1 and any chunk size.
+    state: what an earlier call returned; continues that sequence ("chunked" and "recurrent").
+    causal=False: the sum runs over all s, in O(T), whatever the form ("quadratic" forms the weights).
+    Sums are float32 for half precision, under autocast too; float64 stays float64.
+
+    eps guards 0 / 0 only. Trained maps reach denominators of 1e-28, and a result must not depend on the scale of the
+    features, so it is a bound (clamp), not an addend: + 1e-6 silently zeroes whole heads. LoLCATs clamps at 1e-12 and
+    leaves it out when decoding; flash-linear-attention's layer by default has no denominator but a norm.
+
+    Raises ValueError for an unknown form, shapes, dtypes or devices that do not match, and a state with a form that
+    cannot continue.
+    """
+    check_inputs(q, k, v, form, causal, state, return_state, chunk_size)
+    dtype = v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
+        v = F.pad(v, (0, 1), value=1.0)                                                   # (B, H, T, D+1)
+        if state is None:
+            state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])                   # (B, H, P, D+1)
+        if form == "quadratic":
+            y = quadratic(q, k, v) if causal else q @ k.mT @ v
+        elif not causal:
+            y = bidirectional(q, k, v)
+        elif form == "cumsum":
+            y = cumsum(q, k, v)
+        elif form == "recurrent":
+            y, state = recurrent(q, k, v, state)
+        else:
+            y = []
+            for parts in zip(*(x.split(16 * chunk_size, dim=2) for x in (q, k, v))):      # N <= 16: see `chunked`
+                y_i, state = chunked(*parts, state, chunk_size)
+                y.append(y_i)
+            y = torch.cat(y, dim=2)
+        y = (y[..., :-1] / y[..., -1:].clamp(min=eps)).to(dtype)
+    return (y, state) if return_state else y
+
+
+def attention_weights(q, k, causal=True, eps=1e-30):
+    """The (B, H, T, T) weights of linear attention for mapped q, k (B, H, T, P), for pictures and distillation."""
+    with torch.autocast(q.device.type, enabled=False):
+        a = at_least_float32(q) @ at_least_float32(k).mT
+        a = a.tril() if causal else a
+        return a / a.sum(dim=-1, keepdim=True).clamp(min=eps)
+
+
+def check_inputs(q, k, v, form, causal, state, return_state, chunk_size):
+    """A sentence for each way to call `linear_attention` that would fail later, or be silently wrong."""
+    forms = ("quadratic", "cumsum", "chunked", "recurrent")
+    if form not in forms:
+        raise ValueError(f"unknown form {form!r}: choose one of {', '.join(forms)}")
+    if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3] or q.shape[2] < 1:
+        raise ValueError(f"expected q and k (B, H, T, P) and v (B, H, T, D) with T >= 1, got {tuple(q.shape)}, "
+                         f"{tuple(k.shape)} and {tuple(v.shape)}")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"q, k and v must share one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}: "
+                         "cast v with v.to(q.dtype)")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if (state is not None or return_state) and not (causal and form in ("chunked", "recurrent")):
+        raise ValueError(f"only causal 'chunked' and 'recurrent' carry a state, got form={form!r}, causal={causal}")
+    expected = (*q.shape[:2], q.shape[-1], v.shape[-1] + 1)
+    if state is not None and (state.shape != expected or state.dtype != at_least_float32(q).dtype):
+        raise ValueError(f"the state must be {expected} in {at_least_float32(q).dtype}, as an earlier call with the same "
+                         f"B, H, P, D returned it, got {tuple(state.shape)} in {state.dtype}")
+
+
+class LinearAttention(nn.Module):
+    """The two maps and the causal sum, from raw q, k, v (B, H, T, D) to y (B, H, T, D). Put this into your own model.
+
+    q and k come as they are: after a rotary embedding if there is one, and without the 1 / sqrt(D) of softmax. They
+    have a map each; `tie_qk` shares one, and so do the kinds that learn nothing (performer needs the same w_i for both).
+
+    Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
+    segments is kept, and the backward pass recomputes the features of one segment at a time. That needs no more memory
+    than softmax attention for about a third more time. `segment_size=0` keeps everything instead.
+    """
+
+    def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, tie_qk=False, chunk_size=64, segment_size=256,
+                 **map_options):
+        super().__init__()
+        self.chunk_size, self.segment_size = chunk_size, segment_size
+        self.map_q = FeatureMap(n_head, head_dim, kind, bias, **map_options)
+        shared = tie_qk or self.map_q.weight is None
+        self.map_k = self.map_q if shared else FeatureMap(n_head, head_dim, kind, bias, **map_options)
+
+    def forward(self, q, k, v, form="chunked", state=None, return_state=False, offset=0):
+        """Arguments as in `linear_attention`; `offset` is the position of the first token (cosformer)."""
+        if form != "chunked" or not 0 < self.segment_size < q.shape[2]:
+            return self.attend(q, k, v, form, state, return_state, offset)
+        y, run = [], partial(checkpoint, self.attend, use_reentrant=False, preserve_rng_state=False)
+        for parts in zip(*(x.split(self.segment_size, dim=2) for x in (q, k, v))):
+            y_i, state = (run if torch.is_grad_enabled() else self.attend)(*parts, form, state, True, offset)
+            y.append(y_i)
+            offset += y_i.shape[2]
+        y = torch.cat(y, dim=2)
+        return (y, state) if return_state else y
+
+    def attend(self, q, k, v, form, state, return_state, offset):
+        phi_q, phi_k = self.map_q(q, offset, is_query=True), self.map_k(k, offset)        # (B, H, T, P)
+        y = linear_attention(phi_q, phi_k, v.to(phi_q.dtype), form, True, state, return_state, self.chunk_size)
+        return (y[0].to(v.dtype), y[1]) if return_state else y.to(v.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The GPT: GPT-2's architecture and module names (so that its weights map one to one), in the manner of nanoGPT
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in the linear layers and norms, as in GPT-2; the feature maps have their own switch
+    attention: str = "hedgehog"
+    feature_bias: bool = False
+    tie_qk: bool = False
+    temperature: float = 1.0  # of the `exp` map alone
+    chunk_size: int = 64  # tokens whose weights are formed at once
+    segment_size: int = 256  # tokens whose features are held at once in training; 0: all
+
+    def __post_init__(self):
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"unknown attention {self.attention!r}: choose one of {', '.join(ATTENTIONS)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, self.n_head, self.block_size, self.dropout = config.n_embd, config.n_head, config.block_size, config.dropout
+        self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.linear = None
+        if config.attention != "softmax":
+            self.linear = LinearAttention(
+                config.n_head, C // config.n_head, config.attention, config.feature_bias, config.tie_qk,
+                config.chunk_size, config.segment_size, temperature=config.temperature, max_len=config.block_size)
+
+    def forward(self, x, cache=None):
+        """x (B, T, C) -> (B, T, C). `cache`: this layer's dict, which holds the past and is updated in place."""
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))                          # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                              # each (B, H, T, D)
+        y = self.softmax(q, k, v, cache) if self.linear is None else self.linear_cached(q, k, v, cache)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+    def linear_cached(self, q, k, v, cache):
+        # No dropout of attention weights here: linear attention never forms them.
+        if cache is None:
+            return self.linear(q, k, v)
+        offset, T = cache.get("offset", 0), q.shape[2]
+        form = "recurrent" if T == 1 else "chunked"
+        y, cache["state"] = self.linear(q, k, v, form, cache.get("state"), return_state=True, offset=offset)
+        cache["offset"] = offset + T
+        return y
+
+    def softmax(self, q, k, v, cache):
+        B, H, T, D = q.shape
+        offset = 0
+        if cache is not None:
+            if not cache:
+                cache.update(offset=0, k=k.new_empty(B, H, self.block_size, D), v=v.new_empty(B, H, self.block_size, D))
+            offset = cache["offset"]
+            cache["k"][:, :, offset:offset + T], cache["v"][:, :, offset:offset + T] = k, v
+            cache["offset"] = offset + T
+            k, v = cache["k"][:, :, :offset + T], cache["v"][:, :, :offset + T]
+        # is_causal aligns the mask to the first key, which is right only without a past; one query sees all keys.
+        mask = torch.ones(T, offset + T, dtype=torch.bool, device=q.device).tril(offset) if offset and T > 1 else None
+        return F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=not offset)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))        # GPT-2's gelu
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):                # GPT-2: the sum of 2 n_layer branches keeps its variance
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def new_cache(self):
+        """An empty past, one dict a layer: pass it to `forward` with each next piece of the sequence.
+
+        Linear attention keeps (B, H, P, D+1) a layer, whatever the length; softmax two (B, H, block_size, D) buffers.
+        """
+        return [{} for _ in self.transformer.h]
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) -> logits (B, T, vocab_size), and the mean cross-entropy in nats if targets (B, T) are given.
+
+        Targets of -1 are left out. Raises ValueError when the sequence, its cached past included, is longer than
+        block_size, and on the CPU for a token beyond the vocabulary.
+        """
+        T, offset = idx.shape[1], cache[0].get("offset", 0) if cache else 0
+        if offset + T > self.config.block_size:
+            raise ValueError(f"a sequence of {offset + T} tokens does not fit block_size={self.config.block_size}: "
+                             "crop it, or train with a larger block_size")
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
+            raise ValueError(f"token {idx.max()} is beyond the vocabulary of {self.config.vocab_size}: "
+                             "was the text made with another tokenizer?")
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(offset, offset + T, device=idx.device))
+        x = self.transformer.drop(x)                                                      # (B, T, C)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache[i] if cache else None)
+        logits = self.lm_head(self.transformer.ln_f(x))                                   # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
+        """Yield max_new_tokens times the next tokens (B, 1) after the prompt idx (B, T >= 1). Call model.eval() first.
+
+        temperature 0 takes the likeliest token. A prompt longer than block_size is cropped to its end. When the block
+        is full, the newest half of it is read again as a fresh prompt, since GPT-2's learned positions end there.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1) or idx.shape[1] < 1:
+            raise ValueError("generation needs temperature >= 0, top_k >= 1 and a prompt of at least one token, got "
+                             f"{temperature}, {top_k} and {idx.shape[1]}")
+        block_size = self.config.block_size
+        window, cache, n_new = idx[:, -block_size:], self.new_cache(), 0                  # n_new: not yet in the cache
+        n_new = window.shape[1]
+        for _ in range(max_new_tokens):
+            if window.shape[1] > block_size:
+                window, cache = window[:, -max(1, block_size // 2):], self.new_cache()
+                n_new = window.shape[1]
+            logits = (self(window[:, -n_new:], cache=cache) if use_cache else self(window))[0][:, -1]     # (B, vocab_size)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                token = torch.multinomial((logits.float() / temperature).softmax(dim=-1), 1)
+            window, n_new = torch.cat((window, token), dim=1), 1
+            yield token
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
+        """idx (B, T) -> (B, T + max_new_tokens): the prompt and what `stream` adds to it."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache)), dim=1)

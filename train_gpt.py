@@ -1,0 +1,524 @@
+"""Train a GPT with Hedgehog attention, or softmax, or any other map of hedgehog.py, on one GPU or on a laptop.
+
+    python train_gpt.py                                    a tiny byte-level model on text that ships inside Python
+    python train_gpt.py --attention softmax                the same run with softmax attention
+    python train_gpt.py --data DIR                         your own text, made by data/prepare.py
+    python train_gpt.py --preset wikitext103               the paper's from-scratch experiment
+    torchrun --nproc_per_node 8 train_gpt.py ...           the same curve on several GPUs
+
+A run is a folder: config.json, log.csv (one row an evaluation), last.pt and best.pt, summary.json. Add --resume to the
+command of a run that was stopped and it goes on along the same curve.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.prepare import load_tokenizer, prepare_pydoc
+from hedgehog import ATTENTIONS, GPT, GPTConfig
+
+HERE = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one dataclass is the command line
+
+
+def opt(default, help, choices=None):
+    """A field that is also a flag: its default, its help and its choices on one line."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+
+
+@dataclass
+class TrainConfig:
+    preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "wikitext103"))
+    attention: str = opt("hedgehog", "softmax, or the feature map of linear attention", ATTENTIONS)
+    data: str = opt("", "folder made by data/prepare.py; default: data/pydoc, made on the fly")
+    out: str = opt("", "folder of the run; default: runs/PRESET-ATTENTION")
+    resume: bool = opt(False, "go on with the run in --out; flags not given are taken from it")
+    # model
+    n_layer: int = opt(4, "layers")
+    n_head: int = opt(4, "heads a layer")
+    n_embd: int = opt(128, "model width, a multiple of --n-head")
+    block_size: int = opt(256, "context length in tokens")
+    dropout: float = opt(0.0, "on the embedding, the branches and, for softmax, the attention weights")
+    bias: bool = opt(True, "biases in linear layers and norms")
+    feature_bias: bool = opt(False, "bias in the feature maps")
+    tie_qk: bool = opt(False, "one feature map for queries and keys")
+    temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
+    chunk_size: int = opt(64, "tokens whose attention weights are formed at once (linear attention)")
+    segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
+    # optimisation
+    steps: int = opt(600, "optimizer steps")
+    batch_size: int = opt(16, "sequences a step, over all processes and micro-batches")
+    accum: int = opt(1, "micro-batches a step; doubling it halves the memory and leaves the curve as it is")
+    lr: float = opt(2e-3, "peak learning rate")
+    map_lr_scale: float = opt(1.0, "learning rate of the feature maps, times --lr")
+    warmup: int = opt(50, "steps of linear warm-up; a cosine to a tenth of --lr follows")
+    weight_decay: float = opt(0.1, "on matrices only")
+    beta2: float = opt(0.99, "AdamW's second moment")
+    clip: float = opt(1.0, "largest norm of the gradient")
+    seed: int = opt(0, "of the initial weights, the order of the data and dropout")
+    # machine
+    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = opt("auto", "of the matrix products; auto: bfloat16 where the GPU has it", ("auto", "float32", "bfloat16"))
+    compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
+    eval_every: int = opt(100, "steps between evaluations, each of which also writes a checkpoint")
+    prompt: str = opt("The ", "beginning of the sample at the end")
+
+
+PRESETS = {
+    "tiny": {},
+    # The recipe behind the paper's peers (safari, wt103): 512 x 1,024 tokens a step, 100 epochs of 225 steps.
+    "wikitext103": dict(
+        data="data/wikitext103", n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.1, steps=22500,
+        batch_size=512, accum=32, lr=6e-4, warmup=225, beta2=0.999, eval_every=225, chunk_size=128, segment_size=0,
+        compile=True),
+}
+MAY_CHANGE_ON_RESUME = {"preset", "data", "out", "resume", "accum", "device", "compile", "eval_every", "prompt"}
+
+
+def parse_config(config_class, presets=None, argv=None):
+    """Command line -> config. Precedence: flags, then the run that --resume goes on with, then the preset, then defaults."""
+    parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in dataclasses.fields(config_class):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        if f.metadata["choices"]:
+            kind["choices"] = f.metadata["choices"]
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
+    config = parser.parse_args(argv)
+    parser.set_defaults(**(presets or {}).get(getattr(config, "preset", ""), {}))
+    config = parser.parse_args(argv)
+    if getattr(config, "resume", False):
+        saved = load_checkpoint(run_folder(config) / "last.pt")["config"]
+        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume")})
+        config = parser.parse_args(argv)
+        changed = [k for k, v in saved.items() if k not in MAY_CHANGE_ON_RESUME and getattr(config, k) != v]
+        if changed:
+            raise ValueError("this run was started with " + ", ".join(f"{k}={saved[k]}" for k in changed) + ": leave out "
+                             + ", ".join("--" + k.replace("_", "-") for k in changed) + " to resume it, or choose another --out")
+    return config_class(**vars(config))
+
+
+def run_folder(config):
+    return Path(config.out or f"runs/{config.preset}-{config.attention}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine, data, evaluation
+
+
+def pick_device(name, dtype):
+    """(device, autocast dtype or None, one line that says why)."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = {"cuda": "a GPU is there", "mps": "Apple GPU, no CUDA", "cpu": "no GPU found"}[name]
+    else:
+        why = "as asked for"
+        if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+            raise ValueError(f"--device {name} is not available here: leave it out, or say --device cpu")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # tf32 for what stays float32
+        why += ": " + torch.cuda.get_device_name(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if name == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return device, getattr(torch, dtype) if dtype != "float32" else None, f"{name} ({why}), {dtype}"
+
+
+def load_data(folder, block_size):
+    """{"meta": dict, "train": uint16 tokens, "valid": ..., and "test" if it is there}, memory-mapped and checked."""
+    folder = Path(folder)
+    remedy = f"make it with: python data/prepare.py FILE... --out {folder}"
+    if not (folder / "meta.json").exists():
+        raise ValueError(f"no prepared text in {folder} (meta.json is missing): {remedy}")
+    data = {"meta": json.loads((folder / "meta.json").read_text())}
+    for split in ("train", "valid", "test"):
+        path = folder / f"{split}.bin"
+        if split == "test" and not path.exists():
+            continue
+        if not path.exists() or path.stat().st_size == 0:
+            raise ValueError(f"{path} is missing or empty: {remedy}")
+        tokens = np.memmap(path, dtype="<u2", mode="r")
+        if len(tokens) != data["meta"]["tokens"][split]:
+            raise ValueError(f"{path} holds {len(tokens)} tokens, its meta.json says {data['meta']['tokens'][split]}: {remedy}")
+        if len(tokens) <= block_size:
+            raise ValueError(f"{path} holds {len(tokens)} tokens, a block takes {block_size + 1}: lower --block-size or "
+                             "prepare more text")
+        if tokens.max() >= data["meta"]["vocab_size"]:
+            raise ValueError(f"{path} holds token {tokens.max()}, beyond the vocabulary of {data['meta']['vocab_size']}: {remedy}")
+        data[split] = tokens
+    return data
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_starts(n_tokens, block_size, seed, epoch):
+    """First tokens of an epoch's blocks: the text is cut at a random offset, and every block comes once, shuffled."""
+    rng = np.random.default_rng((seed, epoch))
+    n = (n_tokens - 1) // block_size
+    if n > 1:
+        return rng.integers(block_size) + block_size * rng.permutation(n - 1)
+    return np.zeros(1, dtype=np.int64)
+
+
+def get_batch(tokens, config, step, part, n_parts, device):
+    """Part `part` of the sequences of a step, x and y (batch_size / n_parts, T). A function of the seed and the step
+    alone, so that a resumed run, and one on more processes, sees the same data."""
+    size = config.batch_size // n_parts
+    rows = step * config.batch_size + part * size + np.arange(size)
+    n = len(epoch_starts(len(tokens), config.block_size, config.seed, 0))
+    starts = [epoch_starts(len(tokens), config.block_size, config.seed, row // n)[row % n] for row in rows]
+    xy = torch.from_numpy(np.stack([tokens[s:s + config.block_size + 1] for s in starts]).astype(np.int64))
+    if device.type == "cuda":
+        xy = xy.pin_memory().to(device, non_blocking=True)
+    else:
+        xy = xy.to(device)
+    return xy[:, :-1], xy[:, 1:]
+
+
+@torch.no_grad()
+def evaluate(model, tokens, block_size, batch_size, device, autocast=nullcontext(), rank=0, world=1):
+    """Mean nats a token over the whole split, in order, in blocks that do not overlap.
+
+    Every token but the first is predicted once, with the past of its own block. Every call has one shape (the compiled
+    model is used as it is): what is missing in the last batch is padded, and its targets of -1 do not count.
+    """
+    was_training = model.training
+    model.eval()
+    n = math.ceil((len(tokens) - 1) / block_size)                                         # blocks, the last one shorter
+    total = torch.zeros(2, dtype=torch.float64)                                           # nats, tokens
+    for first in range(rank * batch_size, n, world * batch_size):
+        xy = torch.full((batch_size, block_size + 1), -1)
+        for i, block in enumerate(range(first, min(first + batch_size, n))):
+            piece = tokens[block * block_size:(block + 1) * block_size + 1]
+            xy[i, :len(piece)] = torch.from_numpy(piece.astype(np.int64))
+        x, y = xy[:, :-1].clamp(min=0).to(device), xy[:, 1:].to(device)
+        with autocast:
+            loss = model(x, y)[1]
+        count = (y >= 0).sum().item()
+        total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
+    model.train(was_training)
+    nats, count = over_processes(total.tolist(), device, world)
+    return nats / count
+
+
+def over_processes(values, device, world):
+    """The sums of a few floats over all processes."""
+    if world == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and checkpoints
+
+
+def make_optimizer(model, config, device):
+    """AdamW. Matrices decay, vectors do not, and the feature maps are groups of their own for their learning rate."""
+    groups = {}
+    for name, p in model.named_parameters():
+        is_map, is_matrix = ".map_" in name, p.ndim >= 2 and not name.endswith("bias")    # a map's bias is (H, D)
+        groups.setdefault((is_map, is_matrix), []).append(p)
+    return torch.optim.AdamW(
+        [dict(params=params, lr_scale=config.map_lr_scale if is_map else 1.0,
+              weight_decay=config.weight_decay if is_matrix else 0.0) for (is_map, is_matrix), params in groups.items()],
+        lr=config.lr, betas=(0.9, config.beta2), fused=device.type == "cuda")
+
+
+def learning_rate(step, config):
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def write_atomically(path, write):
+    """write(file) under a temporary name, renamed when complete: a full disk or a crash leaves the earlier file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"could not write {path} ({e.strerror or e}): free some space or choose another --out; "
+                         "the file that was there is kept") from e
+
+
+def save_json(path, value):
+    write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
+def load_checkpoint(path):
+    """The dict of a last.pt or best.pt, on the CPU. ValueError if it is not there or damaged."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no checkpoint at {path}: train one with python train_gpt.py, or mend --out")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"model", "model_config", "meta", "config"} <= checkpoint.keys()
+        return checkpoint
+    except (RuntimeError, EOFError, OSError, AssertionError, AttributeError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} is damaged or not a checkpoint of train_gpt.py: use the other one of last.pt and best.pt "
+                         "beside it, or train again without --resume") from e
+
+
+def load_model(path, device="cpu"):
+    """(model in eval mode, its checkpoint), from a last.pt or best.pt."""
+    checkpoint = load_checkpoint(path)
+    model = GPT(GPTConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), checkpoint
+
+
+def provenance():
+    """What a result needs to be trusted: command, commit, versions, device."""
+    git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return dict(command=" ".join(["python", *sys.argv]), commit=git.stdout.strip() or "unknown", torch=torch.__version__,
+                python=platform.python_version(),
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine())
+
+
+class Log:
+    """log.csv, one row an evaluation. A resumed run drops the rows that it is going to write again."""
+
+    columns = ("step", "tokens", "lr", "train_nats", "valid_nats", "valid_ppl", "seconds", "tokens_per_second")
+
+    def __init__(self, path, start):
+        rows = []
+        if start and path.exists():
+            rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start]
+        self.file = path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, self.columns)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+
+    def row(self, step, tokens_per_step, lr, state, nats, tokens_per_second):
+        train_nats = state["loss_sum"] / max(1, state["loss_count"])                      # the mean since the last row
+        row = (step, step * tokens_per_step, lr, train_nats, nats, math.exp(nats), state["seconds"], tokens_per_second)
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in zip(self.columns, row)})
+        self.file.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train_step(model, optimizer, tokens, config, step, device, autocast, rank, world):
+    """One optimizer step on config.batch_size sequences. Returns the mean loss over all processes, in nats."""
+    torch.manual_seed((config.seed << 32) + step * world + rank)  # dropout, too, is a function of the seed and the step
+    lr, total = learning_rate(step, config), 0.0
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    for i in range(config.accum):
+        x, y = get_batch(tokens, config, step, rank * config.accum + i, world * config.accum, device)
+        last = i == config.accum - 1
+        with nullcontext() if world == 1 or last else model.no_sync():  # gradients travel once a step
+            with autocast:
+                loss = model(x, y)[1] / config.accum
+            loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    total, norm = over_processes([total.item() / world, norm.item() / world], device, world)
+    stop_if_not_finite(total + norm, step, config)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def stop_if_not_finite(value, step, config):
+    if not math.isfinite(value):
+        raise ValueError(f"the loss or its gradient is {value} at step {step}, learning rate {learning_rate(step, config):.2g}; "
+                         f"the last checkpoint in {run_folder(config)} is good: lower --lr or lengthen --warmup")
+
+
+def train(config):
+    """Train, evaluate, save and sample as `config` says. Returns what is also written to summary.json."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
+    device, dtype, why = pick_device(config.device, config.dtype)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = tqdm.write if rank == 0 else lambda text: None
+    data, out = find_data(config, rank, world), run_folder(config)
+    raw, optimizer, state = build(config, data["meta"], device)
+    if rank == 0:
+        start_folder(out, config, raw, data["meta"], say)
+    model = torch.compile(raw) if config.compile else raw
+    if world > 1:
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
+    unit, count, micro = data["meta"]["unit"], data["meta"]["tokens"], config.batch_size // (world * config.accum)
+    say(f"{config.attention}, {sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters, on {why}\n"
+        f"{count['train']:,} training and {count['valid']:,} validation {unit}s, run folder {out}")
+
+    def save(name):
+        if rank == 0:
+            write_atomically(out / name, lambda f: torch.save(dict(
+                model=raw.state_dict(), optimizer=optimizer.state_dict(), state=state, config=asdict(config),
+                model_config=asdict(raw.config), meta=data["meta"]), f))
+
+    log = Log(out / "log.csv", state["step"]) if rank == 0 else None
+    seconds, first, tokens_per_step = [], state["step"], config.batch_size * config.block_size
+    with interrupts() as received, tqdm(total=config.steps, initial=first, unit="step", disable=rank > 0 or None) as bar:
+        for step in range(first, config.steps + 1):
+            if step % config.eval_every == 0 or step == config.steps:
+                nats = evaluate(model, data["valid"], config.block_size, micro, device, autocast, rank, world)
+                stop_if_not_finite(nats, step, config)
+                say(f"step {step:5d}  valid {nats:.4f} nats, perplexity {math.exp(nats):.2f} per {unit}")
+                if log:
+                    log.row(step, tokens_per_step, learning_rate(step, config), state, nats, speed(seconds, tokens_per_step))
+                improved, state["best"] = nats < state["best"], min(nats, state["best"])
+                save("last.pt")
+                if improved:
+                    save("best.pt")
+                state.update(loss_sum=0.0, loss_count=0)
+            if step == config.steps:
+                break
+            began = time.perf_counter()
+            loss = train_step(model, optimizer, data["train"], config, step, device, autocast, rank, world)
+            seconds.append(time.perf_counter() - began)
+            state.update(step=step + 1, loss_sum=state["loss_sum"] + loss, loss_count=state["loss_count"] + 1,
+                         seconds=state["seconds"] + seconds[-1])
+            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed(seconds[-20:], tokens_per_step):,.0f}")
+            bar.update()
+            if over_processes([len(received)], device, world)[0]:
+                save("last.pt")
+                say(f"stopped after step {step + 1}, saved: add --resume to the command to go on")
+                raise SystemExit(130)
+    summary = None
+    if rank == 0:
+        summary = finish(config, raw, data, out, device, autocast, micro, state, speed(seconds, tokens_per_step), say)
+    if world > 1:
+        dist.destroy_process_group()
+    return summary
+
+
+def find_data(config, rank, world):
+    """The text of --data, or the embedded default, which is made at the first use."""
+    if config.batch_size % (world * config.accum):
+        raise ValueError(f"--batch-size {config.batch_size} must be a multiple of --accum {config.accum} x {world} processes")
+    folder = Path(config.data or HERE / "data" / "pydoc")
+    if not config.data and rank == 0 and not (folder / "meta.json").exists():
+        prepare_pydoc(folder)
+    if world > 1:
+        dist.barrier()
+    return load_data(folder, config.block_size)
+
+
+def build(config, meta, device):
+    """(model, optimizer, state of the run), new from the seed or from last.pt."""
+    torch.manual_seed(config.seed)
+    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"}
+    model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape)).to(device)
+    optimizer = make_optimizer(model, config, device)
+    if not config.resume:
+        return model, optimizer, dict(step=0, best=math.inf, loss_sum=0.0, loss_count=0, seconds=0.0)
+    checkpoint = load_checkpoint(run_folder(config) / "last.pt")
+    for key in ("tokenizer", "sha256"):
+        if checkpoint["meta"][key] != meta[key]:
+            raise ValueError(f"the run in {run_folder(config)} was trained on another text ({key} was "
+                             f"{checkpoint['meta'][key]}, --data has {meta[key]}): mend --data")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return model, optimizer, checkpoint["state"]
+
+
+def start_folder(out, config, model, meta, say):
+    """Make the run folder. A run that is already there is moved aside, never overwritten."""
+    if not config.resume and (out / "last.pt").exists():
+        aside = next(p for i in range(1, 10 ** 6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
+        out.rename(aside)
+        say(f"{out} held an earlier run: it is now {aside}")
+    out.mkdir(parents=True, exist_ok=True)
+    save_json(out / "config.json", dict(asdict(config), model=asdict(model.config), meta=meta, **provenance()))
+
+
+def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second, say):
+    """Evaluate the best checkpoint (and the test split, if there is one), write summary.json, let the model speak."""
+    best = load_checkpoint(out / "best.pt")
+    model.load_state_dict(best["model"])
+    meta, tokenizer = data["meta"], load_tokenizer(data["meta"]["tokenizer"])
+    summary = dict(attention=config.attention, parameters=sum(p.numel() for p in model.parameters()), steps=config.steps,
+                   tokens=config.steps * config.batch_size * config.block_size, best_step=best["state"]["step"], unit=meta["unit"])
+    for split in ("valid", "test"):
+        if split in data:
+            nats = evaluate(model, data[split], config.block_size, micro, device, autocast)
+            words = meta["words"][split]
+            summary |= {f"{split}_nats": nats, f"{split}_ppl": math.exp(nats),
+                        f"{split}_ppl_per_word": math.exp(min(700, nats * (len(data[split]) - 1) / words))}
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+    summary |= dict(tokens_per_second=tokens_per_second, train_seconds=state["seconds"], peak_gib=peak, **provenance())
+    save_json(out / "summary.json", summary)
+    prompt = torch.tensor([tokenizer.encode(config.prompt)], device=device)
+    text = tokenizer.decode_bytes(model.eval().generate(prompt, 200, temperature=0.8, top_k=50)[0].tolist())
+    say(f"best after step {summary['best_step']}: valid {summary['valid_nats']:.4f} nats, perplexity "
+        f"{summary['valid_ppl']:.2f} per {meta['unit']}, {tokens_per_second:,.0f} {meta['unit']}s/s, "
+        f"{state['seconds']:.0f} s of training\n--- sample ---\n{text.decode(errors='replace')}")
+    return summary
+
+
+def speed(seconds, tokens_per_step):
+    """Tokens a second at the median step: compilation and hiccups do not count."""
+    return tokens_per_step / float(np.median(seconds)) if seconds else 0.0
+
+
+@contextmanager
+def interrupts():
+    """A list that Ctrl-C and SIGTERM append to, so that a step is never cut in two. A second one stops at once."""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
+
+
+def cli(run):
+    """run(), with what a user can mend told in a sentence and exit code 2 instead of a traceback."""
+    try:
+        run()
+    except ValueError as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "not enough memory" not in str(e) and "can't allocate memory" not in str(e):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: out of memory: double --accum (the curve stays the same), or lower "
+              f"--batch-size, --block-size or --n-embd. {str(e).splitlines()[0]}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    cli(lambda: train(parse_config(TrainConfig, PRESETS)))
