@@ -1,0 +1,369 @@
+"""Time and memory of linear attention beside softmax attention and other libraries, map included, in one run.
+
+    python experiments/benchmark.py                    # CPU, float32, 2 threads: experiments/results/benchmark-cpu.json
+    python experiments/benchmark.py --device cuda      # bfloat16: experiments/results/benchmark-cuda.json
+
+Writes a list of rows, one for each form, T and pass. "forward" runs without gradients; "forward+backward" gives the
+gradients of q, k, v and of the maps' weights. All forms at one T take turns, so that a drift of the machine hits all
+alike; `ms` is the median. `peak_mib` is what the pass allocates at its worst moment, beyond its inputs.
+
+Other libraries join when they can be imported, with our feature map, after a check that they compute the same:
+pytorch-fast-transformers (CPU; build it with `pip install --no-build-isolation pytorch-fast-transformers`, on a machine
+with the CUDA compiler only after `nvcc` is off the PATH) and flash-linear-attention (`pip install --no-deps
+flash-linear-attention fla-core einops`: on the CPU its plain PyTorch reference, on CUDA its Triton kernels).
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # hedgehog.py lies there, and is not an installed package
+from hedgehog import GPT, GPTConfig, LinearAttention  # noqa: E402
+
+MIB = 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured: name -> function of q, k, v (B, H, T, D)
+
+
+def softmax(q, k, v, backend=None):
+    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def make_forms(layer, device):
+    """Our forms, all with the maps of `layer`, softmax attention, and the libraries found on this machine."""
+    kept = LinearAttention(layer.map_q.weight.shape[0], layer.map_q.weight.shape[-1], segment_size=0,
+                           chunk_size=64 if device == "cpu" else 128)
+    kept.map_q, kept.map_k = layer.map_q, layer.map_k
+    if device == "cuda":
+        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+                    "efficient": SDPBackend.EFFICIENT_ATTENTION}
+        forms = {f"softmax, {name}": functools.partial(softmax, backend=b) for name, b in backends.items()}
+        return forms | {"chunked": torch.compile(kept, fullgraph=True)} | fla_kernels(layer)
+    forms = {"softmax": softmax, "chunked": layer, "chunked, all kept": kept,
+             "cumsum": functools.partial(layer, form="cumsum"), "quadratic": functools.partial(layer, form="quadratic")}
+    return forms | fast_transformers(layer) | fla_reference(layer)
+
+
+def fast_transformers(layer):
+    """The CPU kernel of Katharopoulos et al. 2020, and the denominator as in their CausalLinearAttention."""
+    try:
+        from fast_transformers.causal_product import causal_dot_product
+    except ImportError as error:
+        print(f"without pytorch-fast-transformers: {error}")
+        return {}
+
+    def attend(q, k, v):  # their module also permutes (B, T, H, D) to this layout: left out, in its favour
+        q, k = layer.map_q(q, is_query=True), layer.map_k(k)
+        z = 1 / (torch.einsum("nhli,nhli->nhl", q, k.cumsum(2)) + 1e-6)
+        return causal_dot_product(q, k, v.contiguous()) * z.unsqueeze(-1)
+    return {"fast-transformers": attend}
+
+
+def fla_reference(layer):
+    """flash-linear-attention's plain PyTorch reference, from its one file: the package itself imports Triton."""
+    try:
+        spec = importlib.util.find_spec("fla")
+        path = Path(spec.submodule_search_locations[0], "ops/linear_attn/naive.py") if spec else "no package fla"
+        spec = importlib.util.spec_from_file_location("fla_naive", path)
+        naive = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(naive)
+    except (ImportError, OSError, AttributeError) as error:
+        print(f"without flash-linear-attention's reference: {error}")
+        return {}
+
+    def attend(q, k, v):
+        q, k = layer.map_q(q, is_query=True), layer.map_k(k)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                  # (B, T, H, ...)
+        return naive.naive_chunk_linear_attn(q, k, v, scale=1.0, normalize=True).transpose(1, 2)
+    return {"fla reference": attend}
+
+
+def fla_kernels(layer):
+    """flash-linear-attention's Triton kernels with our map, compiled, and with features that are given."""
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError as error:
+        print(f"without flash-linear-attention: {error}")
+        return {}
+
+    @torch.compile
+    def features(q, k, v):  # what its kernels ask for: (B, T, H, ...), contiguous, one dtype
+        return [x.transpose(1, 2).contiguous().to(v.dtype) for x in (layer.map_q(q, is_query=True), layer.map_k(k), v)]
+
+    def attend(q, k, v):
+        return chunk_linear_attn(*features(q, k, v), scale=1.0, normalize=True)[0].transpose(1, 2)
+
+    def attend_features(q, k, v):  # q and k stand for both halves of their features, (B, H, T, 2D)
+        return chunk_linear_attn(q, k, v, scale=1.0, normalize=True)[0]
+    attend_features.takes_features = True
+    return {"fla": attend, "fla, features given": attend_features}
+
+
+def held_bytes(form, B, H, T, D, itemsize):
+    """The one big tensor of the forms that have one, the formula of the memory they hold. None for the others."""
+    per_head = {"cumsum": T * 2 * D * (D + 1), "quadratic": T * T}.get(form)          # (T, P, D+1) and (T, T) numbers
+    return per_head and B * H * per_head * itemsize
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is measured
+
+
+def time_ms(run, device):
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(20_000_000)  # about 10 ms in which the CPU gets ahead: its launches are not what is timed
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_mib(run, device):
+    """The most that `run` holds at once of what it allocates itself, from the allocator: inputs are not counted."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        run()
+    current = peak = 0
+    for event in p.profiler.kineto_results.events():
+        if event.name() == "[memory]":                     # nbytes is negative where memory is given back
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak / MIB
+
+
+def make_run(form, inputs, weights, grad):
+    """The forward pass alone where `grad` is None, else forward and backward, as a function without arguments."""
+    def forward():
+        with torch.no_grad():
+            return form(*inputs)
+
+    def both():
+        return torch.autograd.grad(form(*inputs), (*inputs, *weights), grad, allow_unused=True)  # softmax has no weights
+    return forward if grad is None else both
+
+
+def random_inputs(B, H, T, D, dtype, device, form=None):
+    if getattr(form, "takes_features", False):
+        x = [torch.randn(B, T, H, n, device=device).softmax(-1) for n in (2 * D, 2 * D, D)]
+    else:
+        x = torch.randn(3, B, H, T, D, device=device)
+    *qkv, grad = (y.to(dtype) for y in (*x, torch.randn_like(x[2])))
+    return [y.clone().requires_grad_() for y in qkv], grad
+
+
+def check(forms, layer, H, D, dtype, device, T=128):
+    """Outputs and gradients of all forms but softmax against the quadratic form: a time for a wrong result is none."""
+    inputs, grad = random_inputs(1, H, T, D, dtype, device)
+    weights = list(layer.parameters())
+    oracle = functools.partial(layer, form="quadratic")
+    expected = (oracle(*inputs), *make_run(oracle, inputs, weights, grad)())
+    for name, form in forms.items():
+        if "softmax" in name or hasattr(form, "takes_features"):
+            continue
+        got = (form(*inputs), *make_run(form, inputs, weights, grad)())
+        for what, a, b in zip(("y", "dq", "dk", "dv", "dW of q", "dW of k"), got, expected, strict=True):
+            error = ((a - b).float().norm() / b.float().norm()).item()
+            if not error < (1e-4 if dtype == torch.float32 else 2e-2):
+                raise SystemExit(f"{name} is not the quadratic form: {what} differs by {error:.1e} of its norm")
+
+
+def measure(T, args, common):
+    """The rows of all forms at one T."""
+    torch.manual_seed(0)
+    device, dtype, B, H, D = args.device, getattr(torch, args.dtype), max(1, args.tokens // T), args.heads, args.dim
+    layer = LinearAttention(H, D).to(device)
+    forms, weights, rows = make_forms(layer, device), list(layer.parameters()), []
+    check(forms, layer, H, D, dtype, device)
+    formulas = {name: held_bytes(name, B, H, T, D, dtype.itemsize) for name in forms}
+    for name, held in formulas.items():
+        if held and held > args.limit_mib * MIB:
+            print(f"T={T}: without {name}, whose formula says {held / MIB:,.0f} MiB for its largest tensor alone")
+            del forms[name]
+    repeats = args.repeats * max(1, min(8, 4096 // T))      # short passes are noisier
+    for name_of_pass in ("forward", "forward+backward"):
+        runs, ms = {}, {name: [] for name in forms}
+        for name, form in forms.items():
+            inputs, grad = random_inputs(B, H, T, D, dtype, device, form)
+            runs[name] = make_run(form, inputs, weights, grad if "backward" in name_of_pass else None)
+        for run in [*runs.values()] * args.warmup:
+            run()
+        for _ in range(repeats):
+            for name, run in runs.items():
+                ms[name].append(time_ms(run, device))
+        for name, run in runs.items():
+            row = {"form": name, "T": T, "pass": name_of_pass, "ms": statistics.median(ms[name]), "ms_min": min(ms[name]),
+                   "peak_mib": peak_mib(run, device), "B": B, "repeats": repeats, **common}
+            if formulas[name]:
+                row["formula_mib"] = formulas[name] / MIB
+            rows.append(row)
+        if device == "cuda":  # the row called softmax is that of the fastest backend
+            best = min((r for r in rows if r["form"].startswith("softmax, ") and r["pass"] == name_of_pass), key=lambda r: r["ms"])
+            rows.append(best | {"form": "softmax", "backend": best["form"].removeprefix("softmax, ")})
+    return rows
+
+
+@torch.no_grad()
+def measure_decoding(args, common):
+    """Time for one token after a past of p tokens, by a GPT of two layers; all pasts and both attentions take turns."""
+    sequences = []
+    for form, attention in (("hedgehog decode", "hedgehog"), ("softmax decode (kv cache)", "softmax")):
+        torch.manual_seed(0)
+        block_size = max(10240, max(args.decode) + args.decode_tokens + args.warmup)
+        model = GPT(GPTConfig(block_size, vocab_size=256, n_layer=2, n_head=args.heads, n_embd=args.heads * args.dim,
+                              attention=attention)).to(args.device, getattr(torch, args.dtype)).eval()
+        for p in args.decode:
+            cache = model.new_cache()
+            model(torch.randint(256, (args.decode_batch, p), device=args.device), cache=cache)
+            sequences.append((form, p, model, cache, []))
+    token = torch.randint(256, (args.decode_batch, 1), device=args.device)
+    for i in range(args.warmup + args.decode_tokens):
+        for _, _, model, cache, ms in sequences:
+            ms.append(time_ms(lambda: model(token, cache=cache), args.device))
+    rows = []
+    for form, p, model, cache, ms in sequences:
+        held = sum(x.nbytes for x in cache[0].values() if torch.is_tensor(x))
+        used = held if "hedgehog" in form else held * p // model.config.block_size
+        rows.append({"form": form, "T": p, "pass": "decode", "ms": statistics.median(ms[args.warmup:]),
+                     "state_bytes_per_layer": used, "allocated_bytes_per_layer": held, "n_layer": 2,
+                     "B": args.decode_batch, "repeats": args.decode_tokens, **common})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it says
+
+
+def findings(rows):
+    """Sentences computed from the rows: speed against softmax, from which T on, memory at 1,024, linearity."""
+    at = {(r["form"], r["T"], r["pass"]): r for r in rows}
+    said = []
+    for name in ("forward", "forward+backward"):
+        for form in [f for f in dict.fromkeys(r["form"] for r in rows) if "softmax" not in f and (f, name) in {(f, n) for f, _, n in at}]:
+            ratio = {T: at["softmax", T, name]["ms"] / at[form, T, name]["ms"] for f, T, n in at if (f, n) == (form, name)}
+            slower = [T for T in ratio if ratio[T] <= 1]
+            crossover = min((T for T in ratio if T > max(slower, default=0)), default=None)
+            said.append(f"{name}: {form} against softmax: " + ", ".join(f"{r:.2f}x at T={T}" for T, r in ratio.items())
+                        + (f"; faster from T={crossover} on" if crossover else "; never faster"))
+    mib = {(f, T): r["peak_mib"] for (f, T, n), r in at.items() if n == "forward+backward"}
+    for form in ("chunked", "chunked, all kept", "cumsum"):
+        if (form, 1024) in mib:
+            said.append(f"memory at T=1024, forward+backward: {form} {mib[form, 1024]:.1f} MiB, softmax "
+                        f"{mib['softmax', 1024]:.1f} MiB: {mib[form, 1024] / mib['softmax', 1024]:.2f}x")
+    Ts = sorted(T for f, T in mib if f == "chunked")
+    if len(Ts) > 1:
+        a, b = (at["chunked", T, "forward+backward"] for T in Ts[-2:])
+        said.append(f"chunked from T={Ts[-2]} to {Ts[-1]}, {Ts[-1] / Ts[-2]:.1f}x the length: {b['ms'] * a['B'] / (a['ms'] * b['B']):.2f}x "
+                    f"the time a sequence, {b['peak_mib'] * a['B'] / (a['peak_mib'] * b['B']):.2f}x the memory")
+    for form in ("hedgehog decode", "softmax decode (kv cache)"):
+        decode = [r for r in rows if r["form"] == form]
+        if decode:
+            a, b = decode[0], decode[-1]
+            said.append(f"{form}: {b['ms']:.2f} ms a token at position {b['T']}, {a['ms']:.2f} at {a['T']} "
+                        f"({b['ms'] / a['ms']:.2f}x); {b['state_bytes_per_layer']:,} bytes a layer, then {a['state_bytes_per_layer']:,}")
+    return said
+
+
+def table(rows):
+    lines = [f"{'form':26} {'T':>6} {'pass':17} {'ms':>9} {'peak MiB':>9} {'formula':>9}"]
+    for r in rows:
+        numbers = (f"{r[key]:9.2f}" if key in r else " " * 9 for key in ("ms", "peak_mib", "formula_mib"))
+        lines.append(f"{r['form']:26} {r['T']:6} {r['pass']:17} {' '.join(numbers)}".rstrip())
+    return "\n".join(lines)
+
+
+def device_name(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        return next(line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit():
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "no commit"
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--T", type=int, nargs="+", help="lengths (default: 256 to 8192 on the CPU, 512 to 65536 on CUDA)")
+    add("--long", action="store_true", help="add T=16384 on the CPU")
+    add("--tokens", type=int, help="B is this over T, at least 1 (default: 1 on the CPU, 32768 on CUDA)")
+    add("--heads", type=int, default=12)
+    add("--dim", type=int, default=64, help="width of a head")
+    add("--threads", type=int, default=2)
+    add("--repeats", type=int, default=11, help="turns of every form at T >= 4096; up to 8 times as many below")
+    add("--warmup", type=int, default=2)
+    add("--limit-mib", type=float, default=512, help="leave a form out where its largest tensor would be larger")
+    add("--decode", type=int, nargs="*", default=(100, 1000, 10000), help="positions at which generation is timed")
+    add("--decode-tokens", type=int, default=60)
+    add("--decode-batch", type=int, default=1)
+    add("--out", type=Path, help="default: experiments/results/benchmark-DEVICE.json")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no GPU here")
+    cpu = args.device == "cpu"
+    args.T = args.T or ([2**n for n in range(8, 15 if args.long else 14)] if cpu else [2**n for n in range(9, 17)])
+    args.tokens = args.tokens or (1 if cpu else 32768)
+    args.dtype = "float32" if cpu else "bfloat16"
+    args.out = args.out or ROOT / f"experiments/results/benchmark-{args.device}.json"
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)       # for fast_transformers, which brings its own OpenMP
+    torch.set_num_threads(args.threads)
+    command = shlex.join(["python", "experiments/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    common = {"H": args.heads, "D": args.dim, "dtype": args.dtype, "device": device_name(args.device), "threads": args.threads,
+              "torch": torch.__version__, "command": command, "commit": commit(),
+              "date": datetime.datetime.now().isoformat(timespec="seconds")}
+    rows = []
+    # flash-linear-attention's autotuner does not know of T: on CUDA every T gets a fresh process.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) if args.device == "cuda" else contextlib.nullcontext() as pool:
+        for T in args.T:
+            print(f"T={T} ...", flush=True)
+            rows += pool.apply(measure, (T, args, common)) if pool else measure(T, args, common)
+    if args.decode:
+        rows += measure_decoding(args, common)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows), *findings(rows), f"written to {args.out}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

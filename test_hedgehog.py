@@ -1,0 +1,550 @@
+"""Every form of the attention is the same function, and that function is the paper's. `pytest test_hedgehog.py`.
+
+The chain of proof, in float64, forward and gradients: a double loop over the paper's equation = `quadratic` = every
+other form. Then what the function must not do (see the future, mix heads, depend on scale), half precision, and the
+GPT. Letters as in hedgehog.py; "fla" is flash-linear-attention, whose issues name mistakes that are guarded here.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import hedgehog
+from hedgehog import GPT, FeatureMap, GPTConfig, LinearAttention, attention_weights, linear_attention
+
+each_map = pytest.mark.parametrize("kind", hedgehog.FEATURE_MAPS)
+each_form = pytest.mark.parametrize("form", ["quadratic", "cumsum", "chunked", "recurrent"])
+each_attention = pytest.mark.parametrize("attention", hedgehog.ATTENTIONS)
+causal_or_not = pytest.mark.parametrize("causal", [True, False])
+EXACTLY = {"rtol": 0, "atol": 0}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def normal(T, H=2, D=4, B=2, dtype=torch.float64, scale=1.0):
+    """Raw q, k, v (B, H, T, D), for a LinearAttention."""
+    return [(scale * torch.randn(B, H, T, D, dtype=torch.float64)).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def mapped(T, P=6, D=3, dtype=torch.float64):
+    """Positive q and k (B, H, T, P), as a map gives them, and v, for linear_attention."""
+    q, k = torch.rand(2, 2, 2, T, P, dtype=torch.float64)
+    return [x.to(dtype).requires_grad_() for x in (q, k, 1 + torch.randn(2, 2, T, D, dtype=torch.float64))]
+
+
+def layer(kind, H=2, D=4, dtype=torch.float64, **options):
+    """A LinearAttention whose maps have left the identity, which would hide a transposed W or a lost bias."""
+    module = LinearAttention(H, D, kind, bias=True, **options).to(dtype)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return module
+
+
+def tiny_gpt(attention="hedgehog", **options):
+    """A GPT that says something else at every position (at its initial values it repeats one token)."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=8, attention=attention,
+                          feature_bias=True, chunk_size=4, segment_size=8, **options))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.4)
+        model.transformer.wpe.weight.mul_(4)
+    return model.double().eval()
+
+
+def tokens(T, B=2):
+    return torch.randint(31, (B, T))
+
+
+def with_gradients(y, **inputs):
+    """y and each input's gradient through a random cotangent, the same for the same shape of y."""
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    gradients = torch.autograd.grad(y, list(inputs.values()), cotangent)
+    return {"y": y, **{f"gradient of {name}": g for name, g in zip(inputs, gradients)}}
+
+
+def double_loop(q, k, v, causal=True):
+    """y_t = sum_s (q_t.k_s) v_s / sum_s (q_t.k_s), term by term, and the weights (B, H, T, T)."""
+    T, y, weights = q.shape[2], [], []
+    for t in range(T):
+        similarity = [(q[:, :, t] * k[:, :, s]).sum(-1) * (s <= t or not causal) for s in range(T)]
+        weights.append(torch.stack([a / sum(similarity) for a in similarity], dim=-1))
+        y.append(sum(weights[t][..., s, None] * v[:, :, s] for s in range(T)))
+    return torch.stack(y, dim=2), torch.stack(weights, dim=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature maps
+
+
+def plain_map(phi, x, offset=0):
+    """The table in FeatureMap's docstring, written again."""
+    D, T = x.shape[-1], x.shape[-2]
+    u = x if phi.weight is None else torch.einsum("bhtd,hde->bhte", x, phi.weight)
+    u = u if phi.bias is None else u + phi.bias[None, :, None]
+    a = torch.tensor([[math.pi / 2 * (offset + t) / phi.max_len] for t in range(T)], dtype=x.dtype)
+    z, live = x / D ** 0.25, x * (x > 0)
+    return {
+        "hedgehog": lambda: torch.cat([e.exp() / e.exp().sum(-1, keepdim=True) for e in (u, -u)], -1),
+        "hedgehog_exp": lambda: torch.cat((u.exp(), (-u).exp()), -1),
+        "elu": lambda: torch.where(x > 0, 1 + x, x.exp()),
+        "relu": lambda: live,
+        "t2r": lambda: u * (u > 0),
+        "exp": lambda: (phi.temperature * x).exp(),
+        "performer": lambda: torch.stack([(z * w[:, None]).sum(-1) for w in phi.projection.unbind(1)], -1).sub(
+            z.square().sum(-1, keepdim=True) / 2).exp() / phi.feature_dim ** 0.5,
+        "cosformer": lambda: torch.cat((live * a.cos(), live * a.sin()), -1),
+        "taylor": lambda: torch.cat((torch.ones_like(z[..., :1]), z, *(z * z[..., i:i + 1] / 2 ** 0.5 for i in range(D))), -1),
+    }[phi.kind]()
+
+
+@each_map
+def test_a_map_is_its_formula_and_a_layer_attends_with_it(kind):
+    # Of hedgehog_exp the literal exp(+-(xW + b)): LoLCATs subtracts each key's own maximum, which reweights the keys.
+    module, (q, k, v) = layer(kind, temperature=2.0, n_features=6, max_len=40), normal(20, scale=2)
+    phi_q, phi_k = plain_map(module.map_q, q, 3), plain_map(module.map_k, k, 3)
+    assert_close(module.map_k(k, offset=3), phi_k)
+    assert module.map_k.feature_dim == phi_k.shape[-1]
+    for form in ("chunked", "recurrent"):
+        assert_close(module(q, k, v, form, offset=3), linear_attention(phi_q, phi_k, v, "quadratic"))
+
+
+def test_each_half_of_hedgehogs_map_sums_to_one():
+    # fla#195: one softmax over both halves is another map.
+    phi = layer("hedgehog").map_q(normal(7, scale=3)[0])
+    assert_close(phi.unflatten(-1, (2, 4)).sum(-1), torch.ones(2, 2, 7, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["hedgehog", "hedgehog_exp", "t2r"])
+def test_a_learned_map_starts_as_the_identity_with_a_bias_only_where_asked(kind):
+    phi = FeatureMap(3, 4, kind)
+    assert_close(phi.weight, torch.eye(4).expand(3, 4, 4), **EXACTLY)
+    assert (phi.bias is not None) == (kind == "t2r")  # T2R has no version without
+    assert_close(FeatureMap(3, 4, kind, bias=True).bias, torch.zeros(3, 4), **EXACTLY)
+
+
+def test_q_and_k_have_a_map_each_unless_tied():
+    def count(**options):
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, **options))
+        return sum(p.numel() for name, p in model.named_parameters() if "map" in name)
+    one = 2 * 2 * 4 * 4  # n_layer H D D
+    assert (count(), count(tie_qk=True), count(attention="exp")) == (2 * one, one, 0)
+    performer = LinearAttention(2, 4, "performer")
+    assert performer.map_q.projection is performer.map_k.projection  # w.q and w.k estimate q.k with the same w alone
+
+
+def test_taylors_kernel_is_the_second_order_expansion_of_softmaxs():
+    phi, (q, k, _) = FeatureMap(2, 4, "taylor"), normal(9)
+    s = q @ k.mT / math.sqrt(4)
+    assert_close(phi(q, is_query=True) @ phi(k).mT, 1 + s + s ** 2 / 2)
+
+
+def test_cosformers_kernel_weighs_by_the_cosine_of_the_distance():
+    phi, (q, k, _) = FeatureMap(2, 4, "cosformer", max_len=12), normal(9)
+    distance = torch.arange(9.0, dtype=torch.float64).unsqueeze(-1) - torch.arange(9.0, dtype=torch.float64)
+    expected = F.relu(q) @ F.relu(k).mT * torch.cos(math.pi * distance / (2 * 12))
+    assert_close(phi(q, offset=3, is_query=True) @ phi(k, offset=3).mT, expected)
+
+
+@pytest.mark.parametrize("m", [1, 4, 6, 16])
+def test_performers_kernel_is_an_unbiased_estimate_of_softmaxs_and_better_with_more_features(m):
+    # The signs of Q in QR = A are LAPACK's choice: left as they are, w is lopsided and the kernel 20 to 50 % too large.
+    H, D = 40_000, 4  # every head is one draw of the w_i
+    phi = FeatureMap(H, D, "performer", n_features=m).double()
+    q, k = 0.5 * torch.randn(2, 1, 1, 3, D, dtype=torch.float64)
+    draws = (phi(q.expand(1, H, 3, D)) @ phi(k.expand(1, H, 3, D)).mT)[0]                 # (H, 3, 3)
+    kernel = (q @ k.mT / math.sqrt(D)).exp()[0, 0]
+    assert ((draws.mean(0) - kernel).abs() < 4 * draws.std(0) / math.sqrt(H)).all()
+    independent = kernel ** 2 * (((q.mT[0, 0].T[:, None] + k[0, 0]) ** 2).sum(-1) / math.sqrt(D)).expm1() / m
+    assert (draws.var(0) < 1.2 * independent).all()
+    w = phi.projection[:, :min(m, D)]  # and orthogonal within a block, which makes it better still
+    assert_close(w @ w.mT, w.square().sum(-1).diag_embed(), rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All forms are one function
+
+
+@causal_or_not
+def test_quadratic_is_the_papers_equation(causal):
+    # fla#594, #850: a denominator summed over heads instead of time. fla#875: it gave no gradient to k.
+    q, k, v = mapped(13)
+    y, weights = double_loop(q, k, v, causal)
+    actual = linear_attention(q, k, v, "quadratic", causal)
+    assert_close(with_gradients(actual, q=q, k=k, v=v), with_gradients(y, q=q, k=k, v=v))
+    assert_close(with_gradients(attention_weights(q, k, causal), q=q, k=k), with_gradients(weights, q=q, k=k))
+
+
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
+@each_map
+def test_every_form_gives_the_same_values_and_gradients(kind, T):
+    # The classic is a T that is no multiple of the chunk. Here: chunks that divide it or not, of 1, and beyond T.
+    module, (q, k, v) = layer(kind), normal(T)
+
+    def run(form, chunk_size=64, segment_size=0):
+        module.chunk_size, module.segment_size = chunk_size, segment_size
+        return with_gradients(module(q, k, v, form), q=q, k=k, v=v, **dict(module.named_parameters()))
+    expected = run("quadratic")
+    for variant in [("cumsum",), ("recurrent",), ("chunked", 1), ("chunked", 7), ("chunked", 64), ("chunked", 1000),
+                    ("chunked", 7, 50), ("chunked", 64, 64), ("chunked", 16, 1000)]:
+        assert_close(run(*variant), expected, msg=f"{variant} differs from quadratic".__add__)
+
+
+@each_map
+def test_gradients_are_those_of_finite_differences(kind):
+    module, inputs = layer(kind, H=1, D=3, chunk_size=2, segment_size=3, n_features=4), normal(5, H=1, D=3, B=1)
+
+    def attend(q, k, v, *parameters):
+        names = (name for name, _ in module.named_parameters())
+        return torch.func.functional_call(module, dict(zip(names, parameters)), (q, k, v))
+    assert torch.autograd.gradcheck(attend, (*inputs, *module.parameters()))
+
+
+@each_form
+def test_without_the_mask_every_form_sees_all_tokens(form):
+    q, k, v = mapped(65)
+    expected = with_gradients(linear_attention(q, k, v, "quadratic", causal=False), q=q, k=k, v=v)
+    assert_close(with_gradients(linear_attention(q, k, v, form, causal=False), q=q, k=k, v=v), expected)
+
+
+@each_map
+@pytest.mark.parametrize("first", ["chunked", "recurrent"])
+@pytest.mark.parametrize("second", ["chunked", "recurrent"])
+def test_a_sequence_resumes_where_another_call_stopped(kind, first, second):
+    # fla#267: decoding lost the denominator's state. The gradients show that the state stays on the graph.
+    module, (q, k, v) = layer(kind, chunk_size=16, segment_size=24), normal(70)
+    y, final = module(q, k, v, return_state=True)
+    whole = with_gradients(y, q=q, k=k, v=v)
+    for t in (1, 16, 33, 69):
+        a, state = module(q[:, :, :t], k[:, :, :t], v[:, :, :t], first, return_state=True)
+        b, state = module(q[:, :, t:], k[:, :, t:], v[:, :, t:], second, state, return_state=True, offset=t)
+        assert_close(with_gradients(torch.cat((a, b), dim=2), q=q, k=k, v=v), whole)
+        assert_close(state, final)
+
+
+def test_segments_keep_no_features_for_the_backward_pass():
+    def kept(segment_size):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            layer("hedgehog", segment_size=segment_size)(*normal(200))
+        return sum(sizes)
+    assert kept(50) < kept(0) / 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the function must and must not do
+
+
+@each_map
+@each_form
+def test_future_tokens_cannot_change_the_past(kind, form):
+    module, (q, k, v) = layer(kind, chunk_size=16, segment_size=24), normal(65)
+    for t in (30, 48):  # inside a chunk, and at the border of a chunk and a segment
+        y = module(q, k, v, form)
+        changed = module(*(torch.cat((x[:, :, :t], 1 - 2 * x[:, :, t:]), dim=2) for x in (q, k, v)), form)
+        assert_close(changed[:, :, :t], y[:, :, :t], **EXACTLY)
+        for gradient in torch.autograd.grad(y[:, :, :t].square().sum(), (q, k, v)):
+            assert (gradient[:, :, t:] == 0).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1], ids=["batch rows", "heads"])
+@each_form
+def test_batch_rows_and_heads_do_not_mix(form, dim):
+    module, inputs = layer("hedgehog", chunk_size=16, segment_size=24), normal(40)
+    y = module(*inputs, form).select(dim, 0)
+    for gradient in torch.autograd.grad(y, inputs, torch.randn_like(y)):
+        assert (gradient.select(dim, 1) == 0).all() and (gradient.select(dim, 0) != 0).any()
+
+
+@each_map
+@each_form
+def test_constant_values_come_back_unchanged(kind, form):
+    # The weights of a mean sum to one. fla#47, #130: a scale was applied to the numerator alone.
+    q, k, _ = normal(65)
+    v = torch.randn(2, 2, 1, 4, dtype=torch.float64).expand(2, 2, 65, 4)
+    y = LinearAttention(2, 4, kind, chunk_size=16).double()(2 * q.abs(), k.abs(), v, form)  # positive: relu stays alive
+    assert_close(y, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@causal_or_not
+@each_form
+def test_the_scale_of_the_features_decides_nothing(form, causal, scale, dtype):
+    # Distilled maps reach denominators of 1e-28: + 1e-6, or a clamp at 1e-12, silently zeroes their heads.
+    q, k, v = mapped(65, dtype=dtype)
+
+    def run(scale):
+        return with_gradients(linear_attention(scale * q, scale * k, v, form, causal), q=q, k=k, v=v)
+    assert_close(run(scale), run(1.0), rtol=1e-4, atol=1e-4)
+    assert_close(attention_weights(scale * q, scale * k, causal), attention_weights(q, k, causal))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_scale_of_the_features_decides_nothing_when_decoding(scale):
+    # LoLCATs has an eps in training and none when it decodes, so the same weights give two models.
+    (q, k, v), state, y = mapped(65, dtype=torch.float32), None, []
+    for q_t, k_t, v_t in zip(*(x.split(1, dim=2) for x in (scale * q, scale * k, v))):
+        y_t, state = linear_attention(q_t, k_t, v_t, "recurrent", state=state, return_state=True)
+        y.append(y_t)
+    assert_close(torch.cat(y, dim=2), linear_attention(q, k, v, "quadratic"), rtol=1e-5, atol=1e-5)
+
+
+@causal_or_not
+@each_form
+def test_a_padded_key_counts_nowhere(form, causal):
+    # A key of zero must leave the denominator too; the last chunk (T = 20, L = 16) pads itself with such keys.
+    q, k, v = mapped(20)
+    kept = torch.arange(20) % 3 != 1
+    y = linear_attention(q, k * kept[:, None], v, form, causal, chunk_size=16)
+    assert_close(y[:, :, kept], double_loop(q[:, :, kept], k[:, :, kept], v[:, :, kept], causal)[0])
+
+
+@causal_or_not
+@each_form
+def test_dead_features_give_zeros_and_finite_gradients(form, causal):
+    # kyegomez/Hedgehog#4: NaN from 0 / 0. Keys that are all negative: relu leaves nothing of them.
+    q, k, v = normal(20)
+    dead = F.relu(-k.abs())
+    y = linear_attention(F.relu(q), dead, v, form, causal)
+    assert (y == 0).all() and (attention_weights(F.relu(q), dead, causal) == 0).all()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(y.sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("magnitude", [1e2, 1e4])
+@each_map
+@each_form
+def test_large_inputs_stay_finite_forward_and_backward(form, kind, magnitude):
+    # exp(100) is beyond float32. So is S / eps in the gradient of a query whose keys have all but vanished.
+    module, (q, k, v) = layer(kind, dtype=torch.float32, segment_size=24), normal(65, dtype=torch.float32, scale=magnitude)
+    result = with_gradients(module(q, k, v, form), q=q, k=k, v=v, **dict(module.named_parameters()))
+    assert not [name for name, x in result.items() if not x.isfinite().all()]
+    assert result["gradient of k"].abs().max() < 1e6 * magnitude
+    assert result["y"].abs().max() < 1.001 * v.abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision: sums are float32 under half precision
+
+
+def rounding(dtype, atol=2e-6):
+    """The bound: rounding the exact result of the rounded inputs once to dtype, and atol for the float32 before."""
+    return {"rtol": torch.finfo(dtype).eps / 2, "atol": atol, "check_dtype": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@causal_or_not
+@each_form
+def test_half_precision_costs_one_rounding_of_the_output(form, causal, dtype):
+    q, k, v = mapped(200, dtype=dtype)
+    y, weights = linear_attention(q, k, v, form, causal), attention_weights(q, k, causal)
+    q, k, v = q.double(), k.double(), v.double()
+    assert (y.dtype, weights.dtype) == (dtype, torch.float32)
+    assert_close(y, linear_attention(q, k, v, "quadratic", causal), **rounding(dtype))
+    assert_close(weights, attention_weights(q, k, causal), **rounding(torch.float32))
+
+
+@each_map
+def test_a_layer_in_half_precision_maps_and_sums_in_float32(kind):
+    module, (q, k, v) = layer(kind, dtype=torch.float32), normal(65, dtype=torch.bfloat16)
+    y, state = module(q, k, v, return_state=True)
+    assert (y.dtype, state.dtype, module.map_q(q).dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    exact = module.double()(q.double(), k.double(), v.double(), "quadratic")
+    assert_close(y, exact, **rounding(torch.bfloat16, atol=2e-5))
+
+
+@each_map
+@each_form
+def test_autocast_changes_no_bit(kind, form):
+    module, (q, k, v) = layer(kind, dtype=torch.float32, segment_size=24), normal(65, dtype=torch.float32)
+
+    def run(autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y, weights = module(q, k, v, form), attention_weights(module.map_q(q), module.map_q(k))
+        return {**with_gradients(y, q=q, k=k, v=v), "weights": weights}
+    assert_close(run(True), run(False), **EXACTLY)
+
+
+@pytest.mark.parametrize("form", ["cumsum", "chunked", "recurrent"])
+def test_sums_do_not_drift_over_8192_tokens(form):
+    # A sum of ones in bf16 stops at 256, and a denominator was 27 % off at t = 1,024.
+    half = mapped(8192, P=2, D=1, dtype=torch.bfloat16)
+    q, k, v = (x.detach().double() for x in half)
+    S = (k.unsqueeze(-1) * F.pad(v, (0, 1), value=1.0).unsqueeze(-2)).cumsum(2)           # (B, H, T, P, D+1)
+    expected = (q.unsqueeze(-2) @ S).squeeze(-2)
+    with torch.no_grad():
+        y = linear_attention(*half, form)
+        assert_close(y, expected[..., :-1] / expected[..., -1:], **rounding(torch.bfloat16, atol=1e-5))
+        if form != "cumsum":
+            state = linear_attention(*half, form, return_state=True)[1]
+            assert_close(state, S[:, :, -1], rtol=2e-5, atol=0, check_dtype=False)
+
+
+@each_form
+def test_sums_beyond_the_range_of_float16_are_right(form):
+    # fla#1187: the state overflowed in float16, which ends at 65,504. Here it reaches 4e6.
+    q, k, v = (scale * x for scale, x in zip((200, 200, 100), mapped(400, dtype=torch.float16)))
+    expected = linear_attention(q.double(), k.double(), v.double(), "quadratic")
+    assert_close(linear_attention(q, k, v, form), expected, **rounding(torch.float16, atol=2e-4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The GPT
+
+
+@each_attention
+def test_a_layer_splits_heads_as_gpt2_does_and_maps_each_alone(attention):
+    # fla#28: the map was applied before the heads were split.
+    attn, x, y = tiny_gpt(attention).transformer.h[0].attn, torch.randn(2, 16, 8, dtype=torch.float64), []
+    for h in range(2):
+        q, k, v = (part[:, None, :, 4 * h:4 * h + 4] for part in attn.c_attn(x).split(8, dim=-1))     # (B, 1, T, D)
+        if attention == "softmax":
+            weights = (q @ k.mT / math.sqrt(4)).masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf).softmax(-1)
+        else:  # a map holds a W for each head: give it this head twice, and take what the h-th W made of it
+            phi_q, phi_k = (plain_map(phi, part.expand(-1, 2, -1, -1))[:, h:h + 1]
+                            for phi, part in ((attn.linear.map_q, q), (attn.linear.map_k, k)))
+            weights = attention_weights(phi_q, phi_k)
+        y.append(weights @ v)
+    assert_close(attn(x), attn.c_proj(torch.cat(y, dim=-1).squeeze(1)))
+
+
+@each_attention
+@pytest.mark.parametrize("pieces", [[1] * 16, [5, 1, 1, 7, 2], [3, 13]], ids=str)
+def test_cached_logits_are_those_of_the_full_forward(attention, pieces):
+    model, idx = tiny_gpt(attention), tokens(16)
+    cache = model.new_cache()
+    logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
+    assert_close(logits, model(idx)[0])
+
+
+@each_attention
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_takes_the_likeliest_token_past_block_size(attention, use_cache):
+    model, prompt = tiny_gpt(attention), tokens(21)  # longer than block_size = 16: only its end is read
+    window, expected = prompt[:, -16:], prompt
+    for _ in range(30):
+        window = window if window.shape[1] <= 16 else window[:, -8:]  # when the block is full, its newest half
+        token = model(window)[0][:, -1:].argmax(-1)
+        window, expected = torch.cat((window, token), dim=1), torch.cat((expected, token), dim=1)
+    assert len(expected[:, 21:].unique()) > 4, "a model that repeats itself proves nothing"
+    assert torch.equal(model.generate(prompt, 30, temperature=0, use_cache=use_cache), expected)
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (4.0, None), (4.0, 3), (1.0, 1000)])
+def test_sampling_follows_temperature_and_top_k(temperature, top_k):
+    model, prompt = tiny_gpt(), tokens(5, B=1)
+    logits = model(prompt)[0][0, -1]
+    p = (logits / temperature).exp() * (logits >= logits.sort().values[-min(top_k or 31, 31)])
+    drawn = model.generate(prompt.expand(10_000, 5), 1, temperature, top_k)[:, -1].bincount(minlength=31) / 10_000
+    assert_close(drawn, (p / p.sum()).float(), rtol=0, atol=0.02)
+
+
+@each_attention
+def test_a_token_adds_nothing_to_the_state_but_a_row_to_the_cache_of_softmax(attention):
+    model, idx = tiny_gpt(attention), tokens(16)
+    cache = model.new_cache()
+    for t in range(16):
+        model(idx[:, t:t + 1], cache=cache)
+        for past, block in zip(cache, model.transformer.h):
+            if attention == "softmax":  # (B, H, block_size, D), written up to here
+                assert past["offset"] == t + 1 and past["k"].shape == past["v"].shape == (2, 2, 16, 4)
+                past["k"][:, :, t + 1:] = past["v"][:, :, t + 1:] = math.nan
+            else:
+                assert past["state"].shape == (2, 2, block.attn.linear.map_q.feature_dim, 4 + 1)
+                assert past.keys() == {"state", "offset"}
+    assert all(x.isfinite().all() for past in cache for x in past.values() if torch.is_tensor(x))
+
+
+def test_the_loss_is_the_mean_cross_entropy_where_the_target_is_not_minus_one():
+    model, idx, targets = tiny_gpt(), tokens(16), tokens(16)
+    targets[0, :10] = -1
+    logits, loss = model(idx, targets)
+    nats = [-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(2) for t in range(16) if targets[b, t] >= 0]
+    assert_close(loss, sum(nats) / 22)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_parameters_have_gpt2s_names_and_initial_values(bias):
+    model = GPT(GPTConfig(block_size=32, vocab_size=500, n_layer=2, n_head=2, n_embd=64, bias=bias))
+    inner = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    modules = [*(f"transformer.h.{i}.{name}" for i in range(2) for name in inner), "transformer.ln_f"]
+    names = {f"{name}.weight" for name in (*modules, "transformer.wte", "transformer.wpe", "lm_head")}
+    names |= {f"{name}.bias" for name in modules if bias}
+    names |= {f"transformer.h.{i}.attn.linear.map_{x}.weight" for i in range(2) for x in "qk"}
+    assert set(model.state_dict()) == names
+    assert model.lm_head.weight is model.transformer.wte.weight
+    for name, p in model.named_parameters():
+        if "ln_" in name or name.endswith("bias"):
+            assert (p == name.endswith("weight")).all(), name  # a norm's weight is 1, every bias 0
+        elif "map" in name:
+            assert_close(p, torch.eye(32).expand(2, 32, 32), **EXACTLY)
+        else:  # the 2 n_layer branches that end in a c_proj add up
+            std = 0.02 / math.sqrt(2 * 2) if "c_proj" in name else 0.02
+            assert abs(p.std() / std - 1) < 0.05 and abs(p.mean()) < 0.1 * std, name
+
+
+@pytest.mark.parametrize("attention", ["softmax", "hedgehog"])
+def test_dropout_acts_in_training_alone(attention):
+    model, without, idx = tiny_gpt(attention, dropout=0.5), tiny_gpt(attention), tokens(16)
+    without.load_state_dict(model.state_dict())
+    assert_close(model(idx)[0], without(idx)[0], **EXACTLY)
+    model.train()
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert [module.p for module in layers] == (1 + 2 * 2) * [0.5]  # the embedding, and both branches of each block
+    for module in layers:
+        module.p = 0.0
+    same = torch.equal(model(idx)[0], without(idx)[0])
+    assert same == (attention != "softmax")  # softmax drops weights too; linear attention never forms them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: a ValueError that names the remedy
+
+
+x, state, ids = torch.ones(1, 2, 5, 4), torch.zeros(1, 2, 4, 5), torch.zeros(1, 17, dtype=torch.long)
+BAD_CALLS = [
+    ("unknown form 'flash': choose one of", lambda: linear_attention(x, x, x, "flash")),
+    ("expected q and k", lambda: linear_attention(x[0], x[0], x[0])),
+    ("expected q and k", lambda: linear_attention(x, x[..., :3], x)),
+    ("expected q and k", lambda: linear_attention(x, x[:, :, :1], x)),
+    ("expected q and k", lambda: linear_attention(x, x, x[:, :1])),
+    ("expected q and k", lambda: linear_attention(x, x, x[0])),
+    ("T >= 1", lambda: linear_attention(x[:, :, :0], x[:, :, :0], x[:, :, :0])),
+    (r"dtype.*v\.to", lambda: linear_attention(x, x, x.half())),
+    ("dtype", lambda: linear_attention(x, x.double(), x)),
+    ("floating-point", lambda: linear_attention(x.int(), x.int(), x.int())),
+    ("one device", lambda: linear_attention(x, x, x.to("meta"))),
+    ("chunk_size must be at least 1, got 0", lambda: linear_attention(x, x, x, chunk_size=0)),
+    (r"state must be \(1, 2, 4, 5\)", lambda: linear_attention(x, x, x, state=state[..., :4])),
+    (r"state must be \(1, 2, 4, 5\)", lambda: linear_attention(x, x, x, state=state[:, :1])),
+    ("state must be .*float32.*float64", lambda: linear_attention(x, x, x, state=state.double())),
+    ("state must be .*float32.*float16", lambda: linear_attention(x.half(), x.half(), x.half(), state=state.half())),
+    ("carry a state.*quadratic", lambda: linear_attention(x, x, x, "quadratic", state=state)),
+    ("carry a state.*cumsum", lambda: linear_attention(x, x, x, "cumsum", return_state=True)),
+    ("carry a state.*causal=False", lambda: linear_attention(x, x, x, causal=False, return_state=True)),
+    ("carry a state.*causal=False", lambda: linear_attention(x, x, x, causal=False, state=state)),
+    ("unknown feature map 'gelu': choose one of", lambda: FeatureMap(2, 4, "gelu")),
+    ("max_len=8 positions, got 9", lambda: FeatureMap(2, 4, "cosformer", max_len=8)(x, offset=4)),
+    ("unknown attention 'flash': choose one of", lambda: GPTConfig(attention="flash")),
+    ("n_embd=10 must be divisible by n_head=4", lambda: GPTConfig(n_embd=10, n_head=4)),
+    ("17 tokens does not fit block_size=16", lambda: tiny_gpt()(ids)),
+    ("17 tokens does not fit block_size=16", lambda: (m := tiny_gpt(), c := m.new_cache(), m(ids[:, 1:], cache=c),
+                                                      m(ids[:, :1], cache=c))),
+    ("token 31 is beyond the vocabulary of 31", lambda: tiny_gpt()(torch.tensor([[0, 31, 0]]))),
+    ("vocabulary", lambda: tiny_gpt()(torch.tensor([[-1, 3]]))),
+    ("temperature >= 0", lambda: tiny_gpt().generate(ids, 1, temperature=-1.0)),
+    ("top_k >= 1", lambda: tiny_gpt().generate(ids, 1, top_k=0)),
+    ("prompt of at least one token", lambda: tiny_gpt().generate(ids[:, :0], 1)),
+]
+
+
+@pytest.mark.parametrize("message, call", BAD_CALLS)
+def test_bad_input_is_refused_with_the_remedy(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
