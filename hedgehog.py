@@ -36,7 +36,7 @@ ATTENTIONS = ("softmax", *FEATURE_MAPS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Feature maps: (B, H, T, D) -> (B, H, T, P), never negative (but for the pairs of taylor, whose products are positive)
+# Feature maps: (B, H, T, D) -> (B, H, T, P). No weight phi(q).phi(k) is negative.
 
 
 class FeatureMap(nn.Module):
@@ -53,9 +53,9 @@ class FeatureMap(nn.Module):
     cosformer      [relu(x) cos a, relu(x) sin a], a = pi t / 2M      2D          Qin et al. 2022; M = max_len
     taylor         [1, x, (x outer x) / sqrt 2]: 1 + s + s^2 / 2      1 + D + D^2 Keles et al. 2023
 
-    The last three and `hedgehog` at the start stand for exp(q.k / sqrt(D)) or part of it; performer and taylor take
-    the 1 / sqrt(D) into x, the others see x as it is. `weight` is (H, D, D), the identity at the start; `bias` (H, D),
-    zero at the start. Features are float32 at least, also under autocast: they span too many orders of magnitude.
+    `weight` is (H, D, D), the identity at the start, `bias` (H, D), zero at the start. performer and taylor estimate
+    exp(q.k / sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is. Features are float32 at least, also
+    under autocast: they span too many orders of magnitude for less.
     flash-linear-attention differs: one joint softmax of [2xW, -2xW] and one W for all heads.
     """
 
@@ -87,7 +87,7 @@ class FeatureMap(nn.Module):
             if self.kind == "hedgehog_exp":
                 return safe_exp(torch.cat((u, -u), dim=-1), is_query)
             if self.kind == "elu":
-                return 1 + F.elu(x)
+                return F.relu(x) + x.clamp(max=0).exp()          # 1 + elu(x), but e^x keeps its digits for x << 0
             if self.kind in ("relu", "t2r"):
                 return F.relu(u)
             if self.kind == "exp":
@@ -98,7 +98,7 @@ class FeatureMap(nn.Module):
             if self.kind == "performer":
                 u = x @ self.projection.to(x.dtype).mT - x.square().sum(-1, keepdim=True) / 2
                 return safe_exp(u, is_query) / math.sqrt(self.feature_dim)
-            pairs = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2)               # taylor: (B, H, T, D^2)
+            pairs = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2)       # taylor: (B, H, T, D^2)
             return torch.cat((torch.ones_like(x[..., :1]), x, pairs), dim=-1)
 
     def cosformer(self, x, offset):
@@ -106,27 +106,29 @@ class FeatureMap(nn.Module):
         T = x.shape[-2]
         if offset + T > self.max_len:
             raise ValueError(f"cosformer was built for max_len={self.max_len} positions, got {offset + T}")
-        a = torch.arange(offset, offset + T, device=x.device, dtype=x.dtype).unsqueeze(-1) * math.pi / (2 * self.max_len)
+        t = torch.arange(offset, offset + T, device=x.device, dtype=x.dtype).unsqueeze(-1)
+        a = math.pi * t / (2 * self.max_len)
         return torch.cat((F.relu(x) * a.cos(), F.relu(x) * a.sin()), dim=-1)
 
 
-def safe_exp(u, is_query, cap=50.0):
-    """exp(u) (..., P) that cannot overflow where it is summed and multiplied later.
+def safe_exp(u, is_query, cap=30.0):
+    """exp(u) (..., P) that neither overflows nor leaves a query without any weight.
 
-    A factor on a query cancels in the normalised attention, so a query may be shifted by its own maximum: exact. A
-    factor on a key reweights that key against the others: a shift by the key's own maximum (`exp_dim` in LoLCATs) is
-    another function, and one by the maximum over time would let the future touch the past. So keys are not shifted;
-    they are exact up to e^50, and a feature that would be larger stays there.
+    A factor on a query cancels in the normalised attention, so a query is shifted by its own maximum: exact. A factor
+    on a key reweights that key against the others: a shift by the key's own maximum (`exp_dim` in LoLCATs) is another
+    function, and one by the maximum over time would let the future touch the past. So keys are not shifted; they are
+    exact for |u| <= 30, and saturate at e^-30 and e^30.
     """
     if is_query:
-        u = u - u.amax(dim=-1, keepdim=True).detach()
-    return u.clamp(max=cap).exp()
+        return (u - u.amax(dim=-1, keepdim=True).detach()).exp()
+    return u.clamp(-cap, cap).exp()
 
 
 def orthogonal_gaussian(n_head, m, D):
     """(H, m, D): Gaussian rows, orthogonal within each block of D, which lowers the variance (Choromanski et al.)."""
     n_block = math.ceil(m / D)
-    directions = torch.linalg.qr(torch.randn(n_head, n_block, D, D)).Q.flatten(1, 2)                     # unit rows
+    Q, R = torch.linalg.qr(torch.randn(n_head, n_block, D, D))
+    directions = (Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).flatten(1, 2)   # the signs make it uniform
     lengths = torch.randn(n_head, n_block * D, D).norm(dim=-1, keepdim=True)
     return (directions * lengths)[:, :m]
 
@@ -142,7 +144,7 @@ def at_least_float32(x):
 
 def quadratic(q, k, v):
     """O(T^2): the (T, T) weights themselves. The definition, and the oracle of the tests."""
-    return (q @ k.mT).tril() @ v                                                          # (B, H, T, T) @ (B, H, T, D+1)
+    return (q @ k.mT).tril() @ v                                                     # (B, H, T, T) @ (B, H, T, D+1)
 
 
 def cumsum(q, k, v):
@@ -196,9 +198,10 @@ def linear_attention(q, k, v, form="chunked", causal=True, state=None, return_st
     causal=False: the sum runs over all s, in O(T), whatever the form ("quadratic" forms the weights).
     Sums are float32 for half precision, under autocast too; float64 stays float64.
 
-    eps guards 0 / 0 only. Trained maps reach denominators of 1e-28, and a result must not depend on the scale of the
-    features, so it is a bound (clamp), not an addend: + 1e-6 silently zeroes whole heads. LoLCATs clamps at 1e-12 and
-    leaves it out when decoding; flash-linear-attention's layer by default has no denominator but a norm.
+    eps: a row whose denominator is below it attends to nothing, and is zero with zero gradient. Trained maps reach
+    denominators of 1e-28, and a result must not depend on the scale of the features, so eps is a bound and never an
+    addend: + 1e-6 silently zeroes whole heads. LoLCATs clamps at 1e-12 and leaves it out when decoding;
+    flash-linear-attention's layer by default has no denominator but a norm.
 
     Raises ValueError for an unknown form, shapes, dtypes or devices that do not match, and a state with a form that
     cannot continue.
@@ -224,7 +227,7 @@ def linear_attention(q, k, v, form="chunked", causal=True, state=None, return_st
                 y_i, state = chunked(*parts, state, chunk_size)
                 y.append(y_i)
             y = torch.cat(y, dim=2)
-        y = (y[..., :-1] / y[..., -1:].clamp(min=eps)).to(dtype)
+        y = divide(y[..., :-1], y[..., -1:], eps).to(dtype)
     return (y, state) if return_state else y
 
 
@@ -233,7 +236,11 @@ def attention_weights(q, k, causal=True, eps=1e-30):
     with torch.autocast(q.device.type, enabled=False):
         a = at_least_float32(q) @ at_least_float32(k).mT
         a = a.tril() if causal else a
-        return a / a.sum(dim=-1, keepdim=True).clamp(min=eps)
+        return divide(a, a.sum(dim=-1, keepdim=True), eps)
+
+
+def divide(num, den, eps):
+    return num / den.masked_fill(den < eps, math.inf)
 
 
 def check_inputs(q, k, v, form, causal, state, return_state, chunk_size):
@@ -254,16 +261,18 @@ def check_inputs(q, k, v, form, causal, state, return_state, chunk_size):
     if (state is not None or return_state) and not (causal and form in ("chunked", "recurrent")):
         raise ValueError(f"only causal 'chunked' and 'recurrent' carry a state, got form={form!r}, causal={causal}")
     expected = (*q.shape[:2], q.shape[-1], v.shape[-1] + 1)
-    if state is not None and (state.shape != expected or state.dtype != at_least_float32(q).dtype):
-        raise ValueError(f"the state must be {expected} in {at_least_float32(q).dtype}, as an earlier call with the same "
-                         f"B, H, P, D returned it, got {tuple(state.shape)} in {state.dtype}")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if state is not None and (state.shape != expected or state.dtype != dtype or state.device != q.device):
+        raise ValueError(f"the state must be {expected} in {dtype} on {q.device}, as an earlier call with the same B, H, "
+                         f"P and D returned it, got {tuple(state.shape)} in {state.dtype} on {state.device}")
 
 
 class LinearAttention(nn.Module):
     """The two maps and the causal sum, from raw q, k, v (B, H, T, D) to y (B, H, T, D). Put this into your own model.
 
-    q and k come as they are: after a rotary embedding if there is one, and without the 1 / sqrt(D) of softmax. They
-    have a map each; `tie_qk` shares one, and so do the kinds that learn nothing (performer needs the same w_i for both).
+    q and k come as they are: after a rotary embedding if there is one, and without the 1 / sqrt(D) of softmax. y has
+    the dtype of v, whatever q and k are in. q and k have a map each; `tie_qk` shares one, and so do the kinds that
+    learn nothing (performer needs the same w_i for both).
 
     Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
     segments is kept, and the backward pass recomputes the features of one segment at a time. That needs no more memory
@@ -365,7 +374,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache["k"][:, :, :offset + T], cache["v"][:, :, :offset + T]
         # is_causal aligns the mask to the first key, which is right only without a past; one query sees all keys.
         mask = torch.ones(T, offset + T, dtype=torch.bool, device=q.device).tril(offset) if offset and T > 1 else None
-        return F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=not offset)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=not offset)
 
 
 class MLP(nn.Module):
@@ -433,9 +443,10 @@ class GPT(nn.Module):
         if offset + T > self.config.block_size:
             raise ValueError(f"a sequence of {offset + T} tokens does not fit block_size={self.config.block_size}: "
                              "crop it, or train with a larger block_size")
-        if idx.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
-            raise ValueError(f"token {idx.max()} is beyond the vocabulary of {self.config.vocab_size}: "
-                             "was the text made with another tokenizer?")
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():                # on a GPU it would cost a wait
+            if idx.numel() == 0 or idx.min() < 0 or idx.max() >= self.config.vocab_size:
+                raise ValueError(f"no token, or one beyond the vocabulary of {self.config.vocab_size}: was the text made "
+                                 "with another tokenizer?")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(offset, offset + T, device=idx.device))
         x = self.transformer.drop(x)                                                      # (B, T, C)
         for i, block in enumerate(self.transformer.h):
@@ -456,13 +467,14 @@ class GPT(nn.Module):
             raise ValueError("generation needs temperature >= 0, top_k >= 1 and a prompt of at least one token, got "
                              f"{temperature}, {top_k} and {idx.shape[1]}")
         block_size = self.config.block_size
-        window, cache, n_new = idx[:, -block_size:], self.new_cache(), 0                  # n_new: not yet in the cache
-        n_new = window.shape[1]
+        window, cache = idx[:, -block_size:], self.new_cache()
+        n_new = window.shape[1]                                                           # tokens not yet in the cache
         for _ in range(max_new_tokens):
             if window.shape[1] > block_size:
                 window, cache = window[:, -max(1, block_size // 2):], self.new_cache()
                 n_new = window.shape[1]
-            logits = (self(window[:, -n_new:], cache=cache) if use_cache else self(window))[0][:, -1]     # (B, vocab_size)
+            logits, _ = self(window[:, -n_new:], cache=cache) if use_cache else self(window)
+            logits = logits[:, -1]                                                        # (B, vocab_size)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)

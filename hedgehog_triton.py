@@ -1,0 +1,317 @@
+"""Fused GPU kernels for causal linear attention: the maps, the attention and the division in one pass each way.
+
+Optional. hedgehog.py stands without this file and is the oracle of its tests; here are only the same numbers, faster.
+
+Design
+    Linear attention is bound by memory traffic, not by arithmetic: features are twice as wide as q and k. So features
+    are made in registers from a (64, D) tile of q or k and never written; the backward pass makes them again.
+    One program walks along one head's segment of the sequence in chunks of L = 64 tokens, the state S (2D, D) and its
+    denominator column z (2D) staying in float32 registers. The two softmaxes of the map are two tiles (p, m), so that
+    every product is (64, D) x (D, D) or (64, D) x (D, 64), the shape that a Hopper tensor core takes in one go.
+
+    forward         y_n = tril(phi_q phi_k^T) v + phi_q S,   S += phi_k^T v
+    segment sums    when B H programs cannot fill the GPU, T is cut into segments: their states are summed first, a
+                    prefix sum over them (PyTorch) starts every segment, and all of them run at once.
+    backward_q      walks forwards, S in registers:    dphi_q = dA phi_k + dnum S^T + dden z^T
+    backward_kv     walks backwards, R in registers:   dphi_k = dA^T phi_q + v R^T + r,   dv = A^T dnum + phi_k R,
+                    R += phi_q^T dnum,  r += phi_q^T dden
+
+    with dnum = do / den, dden = -<do, o> / den, A and dA masked. The map's own backward runs at the end of each chunk;
+    the gradients of W are summed in registers along a segment, written once a program and added up by PyTorch in a
+    fixed order: no atomics, so two runs agree to the last bit.
+    D = 128 does not fit: the columns of v (and of S and R) are cut into blocks of 64, one program each. What they
+    cannot share is linear in dphi, so their parts of dq, dk and dW are simply added.
+
+Precision: sums and states are float32. Products take bfloat16 operands for bfloat16 inputs; tf32 for float16 (whose
+range is too small for features); three tf32 products, which is float32 to about 1e-6, for float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 64
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles
+
+
+@triton.jit
+def load_tile(ptr, t, stride, cols, T, dtype: tl.constexpr):
+    """Rows t (those >= T are zero) and columns cols of a matrix whose last axis is contiguous."""
+    return tl.load(ptr + t[:, None] * stride + cols[None, :], mask=t[:, None] < T, other=0.0).to(dtype)
+
+
+@triton.jit
+def store_tile(ptr, t, stride, cols, T, x):
+    tl.store(ptr + t[:, None] * stride + cols[None, :], x.to(ptr.dtype.element_ty), mask=t[:, None] < T)
+
+
+@triton.jit
+def softmaxes(x, w, b, PREC: tl.constexpr):
+    """phi(x): softmax(u) and softmax(-u) of u = x w + b, float32."""
+    u = (tl.dot(x, w, input_precision=PREC) + b[None, :]) * LOG2E
+    p = tl.exp2(u - tl.max(u, axis=1)[:, None])
+    m = tl.exp2(tl.min(u, axis=1)[:, None] - u)
+    return p / tl.sum(p, axis=1)[:, None], m / tl.sum(m, axis=1)[:, None]
+
+
+@triton.jit
+def load_features(x, t, stride, cols, w, b, T, MAP: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+    """(raw tile, the two halves of its features in float32). Without MAP, x holds the features, one half after the other."""
+    if MAP:
+        raw = load_tile(x, t, stride, cols, T, dtype)
+        p, m = softmaxes(raw, w, b, PREC)
+    else:
+        raw = load_tile(x, t, stride, cols, T, dtype)
+        p = raw.to(tl.float32)
+        m = load_tile(x + cols.shape[0], t, stride, cols, T, tl.float32)
+    return raw, p, m
+
+
+@triton.jit
+def load_map(w, b, h, cols, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.constexpr):
+    """W (P/2, P/2) and b (P/2) of head h; anything where there is no map."""
+    HP: tl.constexpr = cols.shape[0]
+    W = tl.zeros((HP, HP), dtype)
+    bias = tl.zeros((HP,), tl.float32)
+    if MAP:
+        W = tl.load(w + h * HP * HP + cols[:, None] * HP + cols[None, :]).to(dtype)
+    if BIAS:
+        bias = tl.load(b + h * HP + cols).to(tl.float32)
+    return W, bias
+
+
+@triton.jit
+def load_state(s, half, rows, cols, width, HAS: tl.constexpr):
+    """Rows of one half of a (P, DV + 1) state: its block of columns, and its last column, the denominator's."""
+    HP: tl.constexpr = rows.shape[0]
+    S = tl.zeros((HP, cols.shape[0]), tl.float32)
+    z = tl.zeros((HP,), tl.float32)
+    if HAS:
+        at = s + (half * HP + rows) * width
+        S = tl.load(at[:, None] + cols[None, :])
+        z = tl.load(at + width - 1)
+    return S, z
+
+
+@triton.jit
+def store_state(s, half, rows, cols, width, S, z, first):
+    at = s + (half * rows.shape[0] + rows) * width
+    tl.store(at[:, None] + cols[None, :], S)
+    if first:
+        tl.store(at + width - 1, z)
+
+
+@triton.jit
+def map_gradient(p, m, g_p, g_m):
+    """d loss / d u of [softmax(u), softmax(-u)]."""
+    return p * (g_p - tl.sum(p * g_p, axis=1)[:, None]) - m * (g_m - tl.sum(m * g_m, axis=1)[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels. Grid: (segments, B H, blocks of v's columns). States are (B H, segments, P, DV + 1) in float32.
+
+
+@triton.jit
+def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
+                   qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, T, SEG, eps,
+                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
+                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, STORE_S1: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+    seg, bh, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    b, h, n_seg = bh // H, bh % H, tl.num_programs(0)
+    q, k, v, o = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, o + b * ob + h * oh
+    cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
+    causal = rows[:, None] >= rows[None, :]
+    WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
+    WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
+    at = (bh * n_seg + seg) * 2 * HP * (DV + 1)
+    Sp, zp = load_state(s0 + at, 0, cols, vcols, DV + 1, HAS_S0)
+    Sm, zm = load_state(s0 + at, 1, cols, vcols, DV + 1, HAS_S0)
+    for start in range(seg * SEG, min(T, (seg + 1) * SEG), L):
+        t = start + rows.to(tl.int64)
+        _, kp, km = load_features(k, t, kt, cols, WK, BK, T, MAP, dtype, PREC)
+        _, qp, qm = load_features(q, t, qt, cols, WQ, BQ, T, MAP, dtype, PREC)
+        x = load_tile(v, t, vt, vcols, T, dtype)
+        if MAP:  # the map of a zero row is not zero
+            kp, km = tl.where(t[:, None] < T, kp, 0.0), tl.where(t[:, None] < T, km, 0.0)
+        past = tl.sum(qp * zp[None, :], axis=1) + tl.sum(qm * zm[None, :], axis=1)
+        zp += tl.sum(kp, axis=0)
+        zm += tl.sum(km, axis=0)
+        qp, qm, kp, km = qp.to(dtype), qm.to(dtype), kp.to(dtype), km.to(dtype)
+        A = tl.dot(qp, tl.trans(kp), input_precision=PREC) + tl.dot(qm, tl.trans(km), input_precision=PREC)
+        A = tl.where(causal, A, 0.0)
+        y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
+        y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
+        y = tl.dot(A.to(dtype), x, y, input_precision=PREC)
+        d = tl.maximum(tl.sum(A, axis=1) + past, eps)
+        store_tile(o, t, ot, vcols, T, y / d[:, None])
+        if block == 0:
+            tl.store(den + bh * T + t, d, mask=t < T)
+        Sp = tl.dot(tl.trans(kp), x, Sp, input_precision=PREC)
+        Sm = tl.dot(tl.trans(km), x, Sm, input_precision=PREC)
+    if STORE_S1:
+        if seg == n_seg - 1:
+            s1 += bh * 2 * HP * (DV + 1)
+            store_state(s1, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
+            store_state(s1, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
+
+
+@triton.jit
+def segment_kernel(x, y, w, bias, den, delta, s, xb, xh, xt, yb, yh, yt, H, T, SEG, eps,
+                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
+                   BIAS: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+    """One segment's own sum: phi_k^T [v, 1], or in the backward pass phi_q^T [dnum, dden]."""
+    seg, bh, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    b, h = bh // H, bh % H
+    x, y = x + b * xb + h * xh, y + b * yb + h * yh
+    cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
+    W, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
+    Sp, Sm = tl.zeros((HP, BV), tl.float32), tl.zeros((HP, BV), tl.float32)
+    zp, zm = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
+    for start in range(seg * SEG, min(T, (seg + 1) * SEG), L):
+        t = start + rows.to(tl.int64)
+        _, p, m = load_features(x, t, xt, cols, W, B, T, MAP, dtype, PREC)
+        if BACKWARD:
+            d = tl.load(den + bh * T + t, mask=t < T, other=1.0)
+            one = tl.where(d > eps, -tl.load(delta + bh * T + t, mask=t < T, other=0.0) / d, 0.0)
+            value = (load_tile(y, t, yt, vcols, T, tl.float32) / d[:, None]).to(dtype)
+        else:
+            one = (t < T).to(tl.float32)
+            value = load_tile(y, t, yt, vcols, T, dtype)
+        zp += tl.sum(p * one[:, None], axis=0)
+        zm += tl.sum(m * one[:, None], axis=0)
+        Sp = tl.dot(tl.trans(p.to(dtype)), value, Sp, input_precision=PREC)
+        Sm = tl.dot(tl.trans(m.to(dtype)), value, Sm, input_precision=PREC)
+    s += (bh * tl.num_programs(0) + seg) * 2 * HP * (DV + 1)
+    store_state(s, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
+    store_state(s, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
+
+
+@triton.jit
+def backward_q_kernel(q, k, v, wq, wk, bq, bk, s0, o, do, den, delta, dq, dw, db,
+                      qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, gb, gh, gt, xn, xb, xh, xt, H, T, SEG, eps,
+                      HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
+                      BIAS: tl.constexpr, HAS_S0: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+    seg, bh, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    b, h, n_seg = bh // H, bh % H, tl.num_programs(0)
+    q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
+    o, do, dq = o + b * ob + h * oh, do + b * gb + h * gh, dq + block * xn + b * xb + h * xh
+    cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
+    causal = rows[:, None] >= rows[None, :]
+    WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
+    WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
+    at = (bh * n_seg + seg) * 2 * HP * (DV + 1)
+    Sp, zp = load_state(s0 + at, 0, cols, vcols, DV + 1, HAS_S0)
+    Sm, zm = load_state(s0 + at, 1, cols, vcols, DV + 1, HAS_S0)
+    dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
+    first = (block == 0).to(tl.float32)
+    for start in range(seg * SEG, min(T, (seg + 1) * SEG), L):
+        t = start + rows.to(tl.int64)
+        _, kp, km = load_features(k, t, kt, cols, WK, BK, T, MAP, dtype, PREC)
+        raw, qp, qm = load_features(q, t, qt, cols, WQ, BQ, T, MAP, dtype, PREC)
+        x = load_tile(v, t, vt, vcols, T, dtype)
+        if MAP:
+            kp, km = tl.where(t[:, None] < T, kp, 0.0), tl.where(t[:, None] < T, km, 0.0)
+        d = tl.load(den + bh * T + t, mask=t < T, other=1.0)
+        dot = tl.zeros((L,), tl.float32)
+        for i in tl.static_range(DV // BV):
+            c = i * BV + tl.arange(0, BV)
+            dot += tl.sum(load_tile(o, t, ot, c, T, tl.float32) * load_tile(do, t, gt, c, T, tl.float32), axis=1)
+        if block == 0:
+            tl.store(delta + bh * T + t, dot, mask=t < T)
+        dden = tl.where(d > eps, -dot / d, 0.0) * first           # counted by one block of columns
+        dnum = (load_tile(do, t, gt, vcols, T, tl.float32) / d[:, None]).to(dtype)
+        dA = tl.where(causal, tl.dot(dnum, tl.trans(x), input_precision=PREC) + dden[:, None], 0.0).to(dtype)
+        g_p = tl.dot(dnum, tl.trans(Sp.to(dtype)), input_precision=PREC) + dden[:, None] * zp[None, :]
+        g_m = tl.dot(dnum, tl.trans(Sm.to(dtype)), input_precision=PREC) + dden[:, None] * zm[None, :]
+        zp += tl.sum(kp, axis=0)
+        zm += tl.sum(km, axis=0)
+        kp, km = kp.to(dtype), km.to(dtype)
+        g_p = tl.dot(dA, kp, g_p, input_precision=PREC)
+        g_m = tl.dot(dA, km, g_m, input_precision=PREC)
+        Sp = tl.dot(tl.trans(kp), x, Sp, input_precision=PREC)
+        Sm = tl.dot(tl.trans(km), x, Sm, input_precision=PREC)
+        if MAP:
+            du = map_gradient(qp, qm, g_p, g_m)
+            dB += tl.sum(du, axis=0)
+            du = du.to(dtype)
+            store_tile(dq, t, xt, cols, T, tl.dot(du, tl.trans(WQ), input_precision=PREC))
+            dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
+        else:
+            store_tile(dq, t, xt, cols, T, g_p)
+            store_tile(dq + HP, t, xt, cols, T, g_m)
+    if MAP:
+        program = (bh * n_seg + seg) * tl.num_programs(2) + block
+        tl.store(dw + program * HP * HP + cols[:, None] * HP + cols[None, :], dW)
+        if BIAS:
+            tl.store(db + program * HP + cols, dB)
+
+
+@triton.jit
+def backward_kv_kernel(q, k, v, wq, wk, bq, bk, r0, do, den, delta, dk, dv, dw, db, ds0,
+                       qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xn, xb, xh, xt, yb, yh, yt, H, T, SEG, eps,
+                       HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
+                       BIAS: tl.constexpr, HAS_R0: tl.constexpr, STORE_DS0: tl.constexpr, dtype: tl.constexpr,
+                       PREC: tl.constexpr):
+    seg, bh, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    b, h, n_seg = bh // H, bh % H, tl.num_programs(0)
+    q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
+    do, dk, dv = do + b * gb + h * gh, dk + block * xn + b * xb + h * xh, dv + b * yb + h * yh
+    cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
+    causal = rows[:, None] <= rows[None, :]                       # (keys, queries): everything here is transposed
+    WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
+    WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
+    at = (bh * n_seg + seg) * 2 * HP * (DV + 1)
+    Rp, rp = load_state(r0 + at, 0, cols, vcols, DV + 1, HAS_R0)
+    Rm, rm = load_state(r0 + at, 1, cols, vcols, DV + 1, HAS_R0)
+    dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
+    first = (block == 0).to(tl.float32)
+    n = tl.cdiv(min(T, (seg + 1) * SEG) - seg * SEG, L)
+    for i in range(n):
+        t = seg * SEG + (n - 1 - i) * L + rows.to(tl.int64)
+        raw, kp, km = load_features(k, t, kt, cols, WK, BK, T, MAP, dtype, PREC)
+        _, qp, qm = load_features(q, t, qt, cols, WQ, BQ, T, MAP, dtype, PREC)
+        x = load_tile(v, t, vt, vcols, T, dtype)
+        d = tl.load(den + bh * T + t, mask=t < T, other=1.0)
+        dden = tl.where(d > eps, -tl.load(delta + bh * T + t, mask=t < T, other=0.0) / d, 0.0)
+        dnum = (load_tile(do, t, gt, vcols, T, tl.float32) / d[:, None]).to(dtype)
+        dA = tl.dot(x, tl.trans(dnum), input_precision=PREC) + first * dden[None, :]
+        dA = tl.where(causal, dA, 0.0).to(dtype)
+        g_p = tl.dot(x, tl.trans(Rp.to(dtype)), input_precision=PREC) + first * rp[None, :]
+        g_m = tl.dot(x, tl.trans(Rm.to(dtype)), input_precision=PREC) + first * rm[None, :]
+        rp += tl.sum(qp * dden[:, None], axis=0)
+        rm += tl.sum(qm * dden[:, None], axis=0)
+        qp, qm = qp.to(dtype), qm.to(dtype)
+        g_p = tl.dot(dA, qp, g_p, input_precision=PREC)
+        g_m = tl.dot(dA, qm, g_m, input_precision=PREC)
+        kpd, kmd = kp.to(dtype), km.to(dtype)
+        A = tl.dot(kpd, tl.trans(qp), input_precision=PREC) + tl.dot(kmd, tl.trans(qm), input_precision=PREC)
+        A = tl.where(causal, A, 0.0).to(dtype)
+        y = tl.dot(kpd, Rp.to(dtype), input_precision=PREC)
+        y = tl.dot(kmd, Rm.to(dtype), y, input_precision=PREC)
+        y = tl.dot(A, dnum, y, input_precision=PREC)
+        store_tile(dv, t, yt, vcols, T, y)
+        Rp = tl.dot(tl.trans(qp), dnum, Rp, input_precision=PREC)
+        Rm = tl.dot(tl.trans(qm), dnum, Rm, input_precision=PREC)
+        if MAP:
+            du = tl.where(t[:, None] < T, map_gradient(kp, km, g_p, g_m), 0.0)
+            dB += tl.sum(du, axis=0)
+            du = du.to(dtype)
+            store_tile(dk, t, xt, cols, T, tl.dot(du, tl.trans(WK), input_precision=PREC))
+            dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
+        else:
+            store_tile(dk, t, xt, cols, T, g_p)
+            store_tile(dk + HP, t, xt, cols, T, g_m)
+    if MAP:
+        program = (bh * n_seg + seg) * tl.num_programs(2) + block
+        tl.store(dw + program * HP * HP + cols[:, None] * HP + cols[None, :], dW)
+        if BIAS:
+            tl.store(db + program * HP + cols, dB)
+    if STORE_DS0:
+        if seg == 0:
+            ds0 += bh * 2 * HP * (DV + 1)
+            store_state(ds0, 0, cols, vcols, DV + 1, Rp, rp, block == 0)
+            store_state(ds0, 1, cols, vcols, DV + 1, Rm, rm, block == 0)

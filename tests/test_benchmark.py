@@ -1,0 +1,89 @@
+"""The benchmark at toy size, and its memory probe against a count by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+import benchmark  # noqa: E402
+
+TOY = "--T 64 128 --heads 2 --dim 8 --repeats 1 --warmup 1 --decode 5 10 --decode-tokens 2 --threads 1".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    out = tmp_path_factory.mktemp("benchmark") / "deeper" / "rows.json"
+    benchmark.main([*TOY, "--out", str(out)])
+    return json.loads(out.read_text())
+
+
+def test_every_row_says_what_was_measured_and_how(rows):
+    for row in rows:
+        assert {"form", "T", "pass", "ms", "B", "H", "D", "dtype", "threads", "repeats", "device", "torch", "command",
+                "commit", "date"} <= row.keys()
+        assert row["ms"] > 0 and ("state_bytes_per_layer" if row["pass"] == "decode" else "peak_mib") in row
+    measured = {(row["form"], row["T"], row["pass"]) for row in rows}
+    assert len(measured) == len(rows)
+    assert measured >= {(form, T, name) for form in ("softmax", "chunked", "chunked, all kept", "cumsum", "quadratic")
+                        for T in (64, 128) for name in ("forward", "forward+backward")}
+
+
+def test_generation_keeps_the_bytes_that_the_formula_says(rows):
+    held = {(row["form"], row["T"]): row["state_bytes_per_layer"] for row in rows if row["pass"] == "decode"}
+    H, D = 2, 8
+    assert held["hedgehog decode", 5] == held["hedgehog decode", 10] == 4 * H * 2 * D * (D + 1)
+    assert [held["softmax decode (kv cache)", p] for p in (5, 10)] == [4 * 2 * H * D * p for p in (5, 10)]
+
+
+def test_findings_are_computed_from_the_rows():
+    speed = {"softmax": {1024: 10.0, 2048: 40.0}, "chunked": {1024: 20.0, 2048: 20.0}}
+    made = [{"form": form, "T": T, "pass": "forward+backward", "ms": ms, "B": 1,
+             "peak_mib": 3.0 if form == "chunked" else 2.0}
+            for form, times in speed.items() for T, ms in times.items()]
+    said = "\n".join(benchmark.findings(made))
+    assert "0.50x at T=1024, 2.00x at T=2048; faster from T=2048 on" in said
+    assert "chunked 3.0 MiB, softmax 2.0 MiB: 1.50x" in said
+    assert "2.0x the length: 1.00x the time" in said
+
+
+def test_memory_probe_counts_what_is_held_at_the_worst_moment():
+    x = torch.zeros(256, 1024)                                        # 1 MiB, an input: not counted
+
+    def three_then_one():
+        y = torch.cat((x, x))                                         # 2 MiB
+        z = x + 1                                                     # 1 MiB more: 3 MiB held
+        del y, z
+        return x * 2                                                  # 1 MiB: below the peak
+    assert benchmark.peak_mib(three_then_one, "cpu") == pytest.approx(3.0, abs=0.01)
+
+
+def test_a_form_too_large_for_the_limit_is_left_out_with_its_formula(tmp_path, capsys):
+    benchmark.main([*TOY, "--limit-mib", "0.1", "--T", "128", "--decode", "--out", str(tmp_path / "rows.json")])
+    assert "without cumsum, whose formula says" in capsys.readouterr().out
+    assert "cumsum" not in {row["form"] for row in json.loads((tmp_path / "rows.json").read_text())}
+
+
+def test_a_wrong_form_is_not_timed():
+    layer = benchmark.LinearAttention(2, 8)
+    with pytest.raises(SystemExit, match="is not the quadratic form"):
+        benchmark.check({"wrong": lambda q, k, v: layer(q, k, v) * 1.01}, layer, 2, 8, torch.float32, "cpu")
+
+
+def test_help_and_a_missing_gpu():
+    run = [sys.executable, "experiments/benchmark.py"]
+    assert "--device" in subprocess.run([*run, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    if not torch.cuda.is_available():
+        failed = subprocess.run([*run, "--device", "cuda"], cwd=ROOT, capture_output=True, text=True)
+        assert failed.returncode == 2 and "sees no GPU" in failed.stderr

@@ -1,0 +1,334 @@
+"""train_gpt.py and sample.py: a run can be stopped, resumed, spread and sampled, and bad input costs nothing."""
+
+import csv
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_gpt
+from data.prepare import main as prepare_main
+from hedgehog import ATTENTIONS, GPT, GPTConfig
+from sample import sample
+from train_gpt import PRESETS, TrainConfig, evaluate, load_checkpoint, parse_config, train
+
+SMALL = ("--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --segment-size 16 --chunk-size 8 --batch-size 4 --steps 6 "
+         "--eval-every 3 --warmup 2 --device cpu --dropout 0.1").split()
+
+
+@pytest.fixture(scope="module")
+def text_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    text = folder / "story.txt"
+    text.write_text("".join(f"The hedgehog counts {i} apples, and the fox counts {i * i % 97}.\n" for i in range(60)))
+    assert prepare_main([str(text), "--test", str(text), "--out", str(folder / "bin")]) == 0
+    return folder / "bin"
+
+
+def config(text_dir, out, *flags):
+    return parse_config(TrainConfig, PRESETS, [*SMALL, "--data", str(text_dir), "--out", str(out), *flags])
+
+
+def rows(out):
+    """What must not depend on how often a run was stopped: everything in log.csv but the clock."""
+    return [(r["step"], r["lr"], r["train_nats"], r["valid_nats"]) for r in csv.DictReader((out / "log.csv").open())]
+
+
+def script(*command, **options):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"), **options)
+
+
+@contextmanager
+def stop_after(n):
+    """Stands in for train_gpt.interrupts: Ctrl-C arrives during step n."""
+    class Received(list):
+        seen = 0
+
+        def __len__(self):
+            self.seen += 1
+            return int(self.seen >= n)
+    yield Received()
+
+
+# ---------------------------------------------------------------- a run
+
+
+@pytest.mark.parametrize("attention", ["hedgehog", "softmax", "performer"])
+def test_a_resumed_run_continues_to_the_last_bit(text_dir, tmp_path, monkeypatch, attention):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config(text_dir, whole, "--attention", attention))
+    with monkeypatch.context() as m:
+        m.setattr(train_gpt, "interrupts", lambda: stop_after(4))  # not at an evaluation
+        with pytest.raises(SystemExit) as stopped:
+            train(config(text_dir, parts, "--attention", attention))
+    assert stopped.value.code == 130 and load_checkpoint(parts / "last.pt")["state"]["step"] == 4
+    train(parse_config(TrainConfig, PRESETS, ["--out", str(parts), "--resume"]))
+    assert rows(parts) == rows(whole) and len(rows(whole)) == 3
+    a, b = load_checkpoint(whole / "last.pt"), load_checkpoint(parts / "last.pt")
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for p, q in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(p[k], q[k]) for k in p)
+
+
+def test_a_run_leaves_what_a_reader_needs(text_dir, tmp_path):
+    summary = train(config(text_dir, tmp_path / "run"))
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "log.csv", "last.pt", "best.pt", "summary.json"}
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert saved == summary and saved["tokens"] == 6 * 4 * 32 and saved["test_ppl"] == math.exp(saved["test_nats"])
+    meta = json.loads((text_dir / "meta.json").read_text())
+    per_word = math.exp(saved["test_nats"] * (meta["tokens"]["test"] - 1) / meta["words"]["test"])
+    assert saved["test_ppl_per_word"] == pytest.approx(per_word)
+    assert {"command", "commit", "device", "torch"} <= saved.keys()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["vocab_size"] == 256
+    best = min(float(r[3]) for r in rows(tmp_path / "run"))
+    assert saved["valid_nats"] == pytest.approx(best, rel=1e-5)
+
+
+def test_an_earlier_run_is_moved_aside_and_not_overwritten(text_dir, tmp_path):
+    train(config(text_dir, tmp_path / "run", "--steps", "0"))
+    train(config(text_dir, tmp_path / "run", "--steps", "0", "--seed", "1"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
+    assert json.loads((tmp_path / "run-1" / "config.json").read_text())["seed"] == 0
+    assert (tmp_path / "run-1" / "last.pt").exists()
+
+
+def test_ctrl_c_saves_before_it_leaves(text_dir, tmp_path):
+    flags = [*SMALL, "--data", str(text_dir), "--out", str(tmp_path), "--steps", "100000", "--eval-every", "100000"]
+    process = subprocess.Popen([sys.executable, "train_gpt.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (tmp_path / "best.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "--resume" in output
+    assert load_checkpoint(tmp_path / "last.pt")["state"]["step"] > 0
+
+
+def test_two_processes_train_the_same_curve_as_one(text_dir, tmp_path):
+    flags = [*SMALL, "--data", str(text_dir), "--dropout", "0"]
+    one = script("train_gpt.py", *flags, "--out", str(tmp_path / "one"))
+    two = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_gpt.py", *flags,
+                 "--out", str(tmp_path / "two"))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    a, b = np.array(rows(tmp_path / "one"), float), np.array(rows(tmp_path / "two"), float)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert abs(a[0, 3] - a[-1, 3]) > 1e-3  # and it did train
+
+
+def test_accumulation_leaves_the_curve_as_it_is(text_dir, tmp_path):
+    train(config(text_dir, tmp_path / "one", "--dropout", "0"))
+    train(config(text_dir, tmp_path / "four", "--dropout", "0", "--accum", "4"))
+    np.testing.assert_allclose(np.array(rows(tmp_path / "one"), float), np.array(rows(tmp_path / "four"), float), rtol=1e-5)
+
+
+def test_the_default_run_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "HERE", tmp_path)  # so that the text is made here, from nothing
+    summary = train(parse_config(TrainConfig, PRESETS, ["--steps", "30", "--eval-every", "30", "--batch-size", "8", "--device",
+                                                        "cpu", "--out", str(tmp_path / "run"), "--warmup", "10"]))
+    # Bytes of English: 5.5 nats at random, 3.1 by their frequencies alone.
+    assert rows(tmp_path / "run")[0][3] > "5" and summary["valid_nats"] < 3.1
+
+
+def test_evaluation_counts_every_token_of_the_split_once():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8)).eval()
+    tokens = np.random.default_rng(0).integers(0, 11, 8 * 7 + 4).astype("<u2")
+    nats = []
+    for start in range(0, len(tokens) - 1, 8):
+        piece = torch.from_numpy(tokens[start:start + 9].astype(np.int64))[None]
+        loss = model(piece[:, :-1], piece[:, 1:])[1].item()
+        nats += [loss] * (piece.shape[1] - 1)
+    assert len(nats) == len(tokens) - 1
+    for batch_size in (1, 3, 100):
+        assert evaluate(model, tokens, 8, batch_size, torch.device("cpu")) == pytest.approx(np.mean(nats), rel=1e-6)
+
+
+def test_an_epoch_shows_every_block_once_and_each_epoch_in_another_order():
+    first, second = (train_gpt.epoch_starts(1000, 32, 5, epoch) for epoch in (0, 1))
+    for starts in (first, second):
+        offsets = np.sort(starts)
+        assert (np.diff(offsets) == 32).all() and offsets[0] >= 0 and offsets[-1] + 33 <= 1000 and len(starts) == 30
+    assert not np.array_equal(first, second)
+
+
+def test_only_matrices_decay_and_maps_have_their_own_learning_rate():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, feature_bias=True))
+    groups = train_gpt.make_optimizer(model, TrainConfig(map_lr_scale=10.0), torch.device("cpu")).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in groups:
+        for p in group["params"]:
+            name = names[id(p)]
+            assert (group["weight_decay"] > 0) == (name.endswith("weight") and "ln_" not in name), name
+            assert group["lr_scale"] == (10.0 if "map_" in name else 1.0), name
+    assert sum(len(g["params"]) for g in groups) == len(names)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    c = TrainConfig(steps=100, warmup=10, lr=1.0)
+    rates = [train_gpt.learning_rate(step, c) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_help_explains_every_flag():
+    text = script("train_gpt.py", "--help").stdout
+    for f in fields(TrainConfig):
+        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"].split(";")[0][:20] in " ".join(text.split())
+
+
+def test_a_flag_overrides_a_preset_and_a_preset_the_defaults():
+    assert parse_config(TrainConfig, PRESETS, ["--preset", "wikitext103"]).n_layer == 12
+    assert parse_config(TrainConfig, PRESETS, ["--preset", "wikitext103", "--n-layer", "3"]).n_layer == 3
+    assert parse_config(TrainConfig, PRESETS, []).n_layer == TrainConfig.n_layer
+
+
+def test_the_wikitext103_preset_is_the_published_recipe():
+    c = parse_config(TrainConfig, PRESETS, ["--preset", "wikitext103"])
+    assert c.steps == 100 * round(117_920_140 / (512 * 1024)) and (c.batch_size, c.block_size) == (512, 1024)
+    assert (c.lr, c.weight_decay, c.beta2, c.clip, c.dropout) == (6e-4, 0.1, 0.999, 1.0, 0.1) and c.warmup == c.steps // 100
+
+
+@pytest.mark.parametrize("flags", [["--colour", "red"], ["--preset", "huge"], ["--attention", "sofmax"], ["--steps", "many"]])
+def test_an_unknown_flag_preset_or_attention_exits_with_2(flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse_config(TrainConfig, PRESETS, flags)
+    assert e.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def damage(source, target, change):
+    """A copy of a prepared text in which change(meta, target) has spoilt something."""
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    meta = json.loads((target / "meta.json").read_text())
+    change(meta, target)
+    (target / "meta.json").write_text(json.dumps(meta))
+    return target
+
+
+def spoil_token(meta, folder):
+    tokens = np.fromfile(folder / "train.bin", "<u2")
+    tokens[7] = 256
+    tokens.tofile(folder / "train.bin")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda meta, folder: (folder / "train.bin").unlink(), "missing or empty"),
+    (lambda meta, folder: (folder / "valid.bin").write_bytes(b""), "missing or empty"),
+    (lambda meta, folder: (folder / "train.bin").write_bytes(b"\0\0"), "1 tokens"),
+    (spoil_token, "beyond the vocabulary"),
+])
+def test_damaged_data_is_refused_with_the_remedy(text_dir, tmp_path, change, words):
+    folder = damage(text_dir, tmp_path / "data", change)
+    with pytest.raises(ValueError, match=words) as e:
+        train(config(folder, tmp_path / "run"))
+    assert "prepare" in str(e.value) and not (tmp_path / "run").exists()
+
+
+def test_missing_and_short_data_are_refused(text_dir, tmp_path):
+    with pytest.raises(ValueError, match="prepare.py"):
+        train(config(tmp_path / "nowhere", tmp_path / "run"))
+    with pytest.raises(ValueError, match="--block-size"):
+        train(config(text_dir, tmp_path / "run", "--block-size", "5000"))
+    with pytest.raises(ValueError, match="--batch-size"):
+        train(config(text_dir, tmp_path / "run", "--accum", "3"))
+    with pytest.raises(ValueError, match="n_head"):
+        train(config(text_dir, tmp_path / "run", "--n-head", "3"))
+
+
+def test_resume_refuses_another_configuration_text_or_nothing(text_dir, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="no checkpoint"):
+        config(text_dir, out, "--resume")
+    train(config(text_dir, out, "--steps", "0"))
+    with pytest.raises(ValueError, match="n_embd=16.*--n-embd"):
+        parse_config(TrainConfig, PRESETS, ["--out", str(out), "--resume", "--n-embd", "32"])
+    other = damage(text_dir, tmp_path / "gpt2", lambda meta, folder: meta.update(tokenizer="gpt2"))
+    with pytest.raises(ValueError, match="tokenizer was bytes"):
+        train(parse_config(TrainConfig, PRESETS, ["--out", str(out), "--resume", "--data", str(other)]))
+    other = damage(text_dir, tmp_path / "other", lambda meta, folder: meta["sha256"].update({"train.bin": "0"}))
+    with pytest.raises(ValueError, match="another text"):
+        train(parse_config(TrainConfig, PRESETS, ["--out", str(out), "--resume", "--data", str(other)]))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "cut", "pickle"])
+def test_a_damaged_checkpoint_says_what_to_do(text_dir, tmp_path, content):
+    train(config(text_dir, tmp_path / "run", "--steps", "0"))
+    path = tmp_path / "run" / "last.pt"
+    if content == "cut":
+        content = path.read_bytes()[:-2000]
+    if content == "pickle":  # an object that would run code when loaded
+        torch.save(Path, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged.*best.pt"):
+        parse_config(TrainConfig, PRESETS, ["--out", str(tmp_path / "run"), "--resume"])
+    result = script("sample.py", str(path))
+    assert result.returncode == 2 and "damaged" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(text_dir, tmp_path):
+    flags = ("--lr", "1e30", "--clip", "1e30", "--warmup", "1")
+    with pytest.raises(ValueError, match=r"at step \d+, learning rate 1e\+30.*lower --lr"):
+        train(config(text_dir, tmp_path / "run", *flags))
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert saved["state"]["step"] == 0 and all(p.isfinite().all() for p in saved["model"].values())
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(text_dir, tmp_path):
+    train(config(text_dir, tmp_path / "run", "--steps", "0"))
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+
+    def small_files_only():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # stands in for a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    result = script("train_gpt.py", "--out", str(tmp_path / "run"), "--resume", preexec_fn=small_files_only)
+    assert result.returncode == 2 and "free some space" in result.stderr and "Traceback" not in result.stderr
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_out_of_memory_names_the_flags_that_help(text_dir, tmp_path, monkeypatch, capsys):
+    def no_memory(*args, **kwargs):
+        torch.empty(10 ** 15)
+    monkeypatch.setattr(train_gpt, "get_batch", no_memory)
+    with pytest.raises(SystemExit) as e:
+        train_gpt.cli(lambda: train(config(text_dir, tmp_path / "run")))
+    assert e.value.code == 2 and re.search("--accum.*--batch-size", capsys.readouterr().err)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_attention_trains_and_is_sampled(text_dir, tmp_path, attention):
+    summary = train(config(text_dir, tmp_path / "run", "--attention", attention, "--dropout", "0", "--steps", "2"))
+    assert math.isfinite(summary["valid_nats"])
+    pieces = []
+    text = sample(tmp_path / "run", prompt="The fox é", tokens=40, device="cpu", write=pieces.append)
+    assert text.startswith("The fox é") and "".join(pieces) == text
+    assert sample(tmp_path / "run" / "last.pt", "The fox é", 40, temperature=0, device="cpu", write=pieces.append) \
+        == sample(tmp_path / "run" / "last.pt", "The fox é", 40, temperature=0, seed=9, device="cpu", write=pieces.append)
