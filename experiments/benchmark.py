@@ -241,8 +241,9 @@ def measure(T, args, common):
 def measure_decoding(args, common):
     """Time for one token after a past of p tokens, by a GPT of two layers; all pasts and both attentions take turns.
 
-    On CUDA this is the GPU's own time, launches hidden. Softmax gets FlashAttention there: torch's default (cuDNN on an
-    H100) spends 15 ms a layer on a plan for every new key length, once, which would make softmax look 250x slower.
+    On CUDA this is the GPU's own time, launches hidden. Softmax gets FlashAttention there: with torch's default backend
+    every key length took 15 to 30 ms a layer the first time and 0.06 ms the second (H100, torch 2.11; cuDNN's plans, it
+    seems), and in generation every length is new.
     """
     sequences, backend = [], [SDPBackend.FLASH_ATTENTION] if args.device == "cuda" else None
     for form, attention in (("hedgehog decode", "hedgehog"), ("softmax decode (kv cache)", "softmax")):
