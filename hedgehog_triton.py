@@ -85,13 +85,13 @@ def load_map(w, b, h, cols, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
-def load_state(s, half, rows, cols, width, HAS: tl.constexpr):
+def load_state(s, program, half, rows, cols, width, HAS: tl.constexpr):
     """Rows of one half of a (P, DV + 1) state: its block of columns, and its last column, the denominator's."""
     HP: tl.constexpr = rows.shape[0]
     S = tl.zeros((HP, cols.shape[0]), tl.float32)
     z = tl.zeros((HP,), tl.float32)
     if HAS:
-        at = s + (half * HP + rows) * width
+        at = s + ((2 * program + half) * HP + rows) * width
         S = tl.load(at[:, None] + cols[None, :])
         z = tl.load(at + width - 1)
     return S, z
@@ -127,10 +127,10 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
     causal = rows[:, None] >= rows[None, :]
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
-    at = (bh * n_seg + seg) * 2 * HP * (DV + 1)
-    Sp, zp = load_state(s0 + at, 0, cols, vcols, DV + 1, HAS_S0)
-    Sm, zm = load_state(s0 + at, 1, cols, vcols, DV + 1, HAS_S0)
-    for start in range(seg * SEG, min(T, (seg + 1) * SEG), L):
+    program = bh * n_seg + seg
+    Sp, zp = load_state(s0, program, 0, cols, vcols, DV + 1, HAS_S0)
+    Sm, zm = load_state(s0, program, 1, cols, vcols, DV + 1, HAS_S0)
+    for start in range(seg * SEG, tl.minimum(T, (seg + 1) * SEG), L):
         t = start + rows.to(tl.int64)
         _, kp, km = load_features(k, t, kt, cols, WK, BK, T, MAP, dtype, PREC)
         _, qp, qm = load_features(q, t, qt, cols, WQ, BQ, T, MAP, dtype, PREC)
@@ -171,7 +171,7 @@ def segment_kernel(x, y, w, bias, den, delta, s, xb, xh, xt, yb, yh, yt, H, T, S
     W, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
     Sp, Sm = tl.zeros((HP, BV), tl.float32), tl.zeros((HP, BV), tl.float32)
     zp, zm = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
-    for start in range(seg * SEG, min(T, (seg + 1) * SEG), L):
+    for start in range(seg * SEG, tl.minimum(T, (seg + 1) * SEG), L):
         t = start + rows.to(tl.int64)
         _, p, m = load_features(x, t, xt, cols, W, B, T, MAP, dtype, PREC)
         if BACKWARD:
@@ -203,12 +203,12 @@ def backward_q_kernel(q, k, v, wq, wk, bq, bk, s0, o, do, den, delta, dq, dw, db
     causal = rows[:, None] >= rows[None, :]
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
-    at = (bh * n_seg + seg) * 2 * HP * (DV + 1)
-    Sp, zp = load_state(s0 + at, 0, cols, vcols, DV + 1, HAS_S0)
-    Sm, zm = load_state(s0 + at, 1, cols, vcols, DV + 1, HAS_S0)
+    program = bh * n_seg + seg
+    Sp, zp = load_state(s0, program, 0, cols, vcols, DV + 1, HAS_S0)
+    Sm, zm = load_state(s0, program, 1, cols, vcols, DV + 1, HAS_S0)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
     first = (block == 0).to(tl.float32)
-    for start in range(seg * SEG, min(T, (seg + 1) * SEG), L):
+    for start in range(seg * SEG, tl.minimum(T, (seg + 1) * SEG), L):
         t = start + rows.to(tl.int64)
         _, kp, km = load_features(k, t, kt, cols, WK, BK, T, MAP, dtype, PREC)
         raw, qp, qm = load_features(q, t, qt, cols, WQ, BQ, T, MAP, dtype, PREC)
@@ -244,7 +244,7 @@ def backward_q_kernel(q, k, v, wq, wk, bq, bk, s0, o, do, den, delta, dq, dw, db
             store_tile(dq, t, xt, cols, T, g_p)
             store_tile(dq + HP, t, xt, cols, T, g_m)
     if MAP:
-        program = (bh * n_seg + seg) * tl.num_programs(2) + block
+        program = program * tl.num_programs(2) + block
         tl.store(dw + program * HP * HP + cols[:, None] * HP + cols[None, :], dW)
         if BIAS:
             tl.store(db + program * HP + cols, dB)
@@ -264,12 +264,12 @@ def backward_kv_kernel(q, k, v, wq, wk, bq, bk, r0, do, den, delta, dk, dv, dw, 
     causal = rows[:, None] <= rows[None, :]                       # (keys, queries): everything here is transposed
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
-    at = (bh * n_seg + seg) * 2 * HP * (DV + 1)
-    Rp, rp = load_state(r0 + at, 0, cols, vcols, DV + 1, HAS_R0)
-    Rm, rm = load_state(r0 + at, 1, cols, vcols, DV + 1, HAS_R0)
+    program = bh * n_seg + seg
+    Rp, rp = load_state(r0, program, 0, cols, vcols, DV + 1, HAS_R0)
+    Rm, rm = load_state(r0, program, 1, cols, vcols, DV + 1, HAS_R0)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
     first = (block == 0).to(tl.float32)
-    n = tl.cdiv(min(T, (seg + 1) * SEG) - seg * SEG, L)
+    n = tl.cdiv(tl.minimum(T, (seg + 1) * SEG) - seg * SEG, L)
     for i in range(n):
         t = seg * SEG + (n - 1 - i) * L + rows.to(tl.int64)
         raw, kp, km = load_features(k, t, kt, cols, WK, BK, T, MAP, dtype, PREC)
@@ -306,7 +306,7 @@ def backward_kv_kernel(q, k, v, wq, wk, bq, bk, r0, do, den, delta, dk, dv, dw, 
             store_tile(dk, t, xt, cols, T, g_p)
             store_tile(dk + HP, t, xt, cols, T, g_m)
     if MAP:
-        program = (bh * n_seg + seg) * tl.num_programs(2) + block
+        program = program * tl.num_programs(2) + block
         tl.store(dw + program * HP * HP + cols[:, None] * HP + cols[None, :], dW)
         if BIAS:
             tl.store(db + program * HP + cols, dB)
@@ -315,3 +315,175 @@ def backward_kv_kernel(q, k, v, wq, wk, bq, bk, r0, do, den, delta, dk, dv, dw, 
             ds0 += bh * 2 * HP * (DV + 1)
             store_state(ds0, 0, cols, vcols, DV + 1, Rp, rp, block == 0)
             store_state(ds0, 1, cols, vcols, DV + 1, Rm, rm, block == 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
+
+
+def segment_length(B, H, T, n_blocks, device):
+    """Tokens a program walks along: the whole sequence if B H programs fill the GPU, else as many chunks as fill it."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    wanted = -(-3 * multiprocessors // (B * H * n_blocks))       # segments a sequence
+    chunks = -(-T // CHUNK)
+    return CHUNK * max(-(-chunks // max(1, wanted)), min(chunks, 4))
+
+
+def options(q, v, has_map, bias):
+    """The compile-time part of every launch. HP: half the feature width, which is D where the map is made inside."""
+    HP = q.shape[-1] if has_map else q.shape[-1] // 2
+    DV = v.shape[-1]
+    dtype, precision = {torch.bfloat16: (tl.bfloat16, "ieee"), torch.float16: (tl.float32, "tf32"),
+                        torch.float32: (tl.float32, "tf32x3")}[v.dtype]
+    return dict(HP=HP, DV=DV, BV=min(DV, 64), L=CHUNK, MAP=has_map, BIAS=bias, dtype=dtype, PREC=precision)
+
+
+def like_projection(B, H, T, D, like, dtype=None):
+    """(B, H, T, D) over memory laid out as (B, T, H, D), so that merging the heads afterwards is a view."""
+    return like.new_empty(B, T, H, D, dtype=dtype).transpose(1, 2)
+
+
+def prefix(sums, first):
+    """(B H, N, P, D+1) sums of the segments -> the state before each, beginning with `first` (B H, P, D+1) or zero."""
+    first = torch.zeros_like(sums[:, :1]) if first is None else first.unsqueeze(1)
+    return torch.cat((first, sums[:, :-1]), dim=1).cumsum(dim=1)
+
+
+def starts(x, y, w, b, den, delta, first, seg, n_seg, grid, eps, opt, backward):
+    """The state at the start of every segment (in the backward pass: at its end), or None if all are zero."""
+    B, H, T, _ = x.shape
+    if n_seg == 1:
+        return None if first is None else first.unsqueeze(1).contiguous()
+    sums = x.new_empty(B * H, n_seg, 2 * opt["HP"], opt["DV"] + 1, dtype=torch.float32)
+    segment_kernel[grid](x, y, w, b, den, delta, sums, *x.stride()[:3], *y.stride()[:3], H, T, seg, eps, BACKWARD=backward,
+                         num_warps=4, num_stages=2, **opt)
+    return prefix(sums.flip(1), first).flip(1).contiguous() if backward else prefix(sums, first)
+
+
+@torch.library.custom_op("hedgehog::attention", mutates_args=())
+def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor | None,
+                 bq: torch.Tensor | None, bk: torch.Tensor | None, state: torch.Tensor | None, return_state: bool,
+                 eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, den (B, H, T), the state after the last token (B, H, P, D+1), or an empty one)."""
+    B, H, T, _ = q.shape
+    opt = options(q, v, wq is not None, bq is not None)
+    o, den, s1 = attention_outputs(q, v, wq, return_state)
+    seg = segment_length(B, H, T, opt["DV"] // opt["BV"], q.device)
+    n_seg = -(-T // seg)
+    grid = (n_seg, B * H, opt["DV"] // opt["BV"])
+    first = None if state is None else state.flatten(0, 1)
+    s0 = starts(k, v, wk, bk, None, None, first, seg, n_seg, grid, eps, opt, backward=False)
+    forward_kernel[grid](q, k, v, wq, wk, bq, bk, s0, o, den, s1, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                         *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state, num_warps=4,
+                         num_stages=2, **opt)
+    return o, den, s1
+
+
+def attention_outputs(q, v, wq, return_state):
+    B, H, T, P = q.shape[:3] + (q.shape[-1] * (1 if wq is None else 2),)
+    state = (B, H, P, v.shape[-1] + 1) if return_state else (0,)
+    return (like_projection(B, H, T, v.shape[-1], v), q.new_empty(B, H, T, dtype=torch.float32),
+            q.new_empty(state, dtype=torch.float32))
+
+
+@attention_op.register_fake
+def _(q, k, v, wq, wk, bq, bk, state, return_state, eps):
+    return attention_outputs(q, v, wq, return_state)
+
+
+@torch.library.custom_op("hedgehog::attention_backward", mutates_args=())
+def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                wq: torch.Tensor | None, wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None,
+                state: torch.Tensor | None, o: torch.Tensor, den: torch.Tensor, eps: float) -> list[torch.Tensor]:
+    """[dq, dk, dv, dwq, dwk, dbq, dbk, dstate]; those that nothing asked for are empty."""
+    B, H, T, D = q.shape
+    if do.stride(-1) != 1:
+        do = do.contiguous()
+    opt = options(q, v, wq is not None, bq is not None)
+    HP, n_blocks, float32 = opt["HP"], opt["DV"] // opt["BV"], torch.float32
+    seg = segment_length(B, H, T, n_blocks, q.device)
+    n_seg = -(-T // seg)
+    grid, programs = (n_seg, B * H, n_blocks), (B, H, n_seg * n_blocks)
+
+    def parts():
+        """Where each block of columns writes its share of dq or dk, and each program its share of dW and db."""
+        x = like_projection(n_blocks * B, H, T, D, q, q.dtype if n_blocks == 1 else float32)
+        w = q.new_empty((*programs, HP, HP), dtype=float32) if wq is not None else None
+        return x, w, q.new_empty((*programs, HP), dtype=float32) if bq is not None else None
+
+    def total(x, like):
+        return x if n_blocks == 1 else x.unflatten(0, (n_blocks, B)).sum(0).to(like.dtype)
+
+    (dq, dwq, dbq), (dk, dwk, dbk) = parts(), parts()
+    dv, delta = like_projection(B, H, T, v.shape[-1], v), torch.empty_like(den)
+    first = None if state is None else state.flatten(0, 1)
+    s0 = starts(k, v, wk, bk, None, None, first, seg, n_seg, grid, eps, opt, backward=False)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    backward_q_kernel[grid](q, k, v, wq, wk, bq, bk, s0, o, do, den, delta, dq, dwq, dbq, *strides, *o.stride()[:3],
+                            *do.stride()[:3], B * dq.stride(0), *dq.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None,
+                            num_warps=4, num_stages=1, **opt)
+    last = None if ds1 is None else ds1.flatten(0, 1).contiguous()
+    r0 = starts(q, do, wq, bq, den, delta, last, seg, n_seg, grid, eps, opt, backward=True)
+    ds0 = torch.empty_like(state) if state is not None else q.new_empty(0, dtype=float32)
+    backward_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r0, do, den, delta, dk, dv, dwk, dbk, ds0, *strides,
+                             *do.stride()[:3], B * dk.stride(0), *dk.stride()[:3], *dv.stride()[:3], H, T, seg, eps,
+                             HAS_R0=r0 is not None, STORE_DS0=state is not None, num_warps=4, num_stages=1, **opt)
+    empty = lambda: q.new_empty(0, dtype=float32)  # noqa: E731
+    sums = [empty() if x is None else x.sum(dim=(0, 2)).to(w.dtype) for x, w in ((dwq, wq), (dwk, wk), (dbq, bq), (dbk, bk))]
+    return [total(dq, q), total(dk, k), dv, *sums, ds0]
+
+
+@backward_op.register_fake
+def _(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den, eps):
+    B, H, T, D = q.shape
+    empty = q.new_empty(0, dtype=torch.float32)
+    return [like_projection(B, H, T, D, q), like_projection(B, H, T, D, k), like_projection(B, H, T, v.shape[-1], v),
+            *(torch.empty_like(empty if w is None else w) for w in (wq, wk, bq, bk)),
+            torch.empty_like(empty if state is None else state)]
+
+
+def save_for_backward(ctx, inputs, output):
+    q, k, v, wq, wk, bq, bk, state, return_state, eps = inputs
+    ctx.save_for_backward(q, k, v, wq, wk, bq, bk, state, output[0], output[1])
+    ctx.return_state, ctx.eps = return_state, eps
+
+
+def run_backward(ctx, do, dden, ds1):
+    *inputs, o, den = ctx.saved_tensors
+    grads = backward_op(do, ds1 if ctx.return_state else None, *inputs, o, den, ctx.eps)
+    return (*(g if x is not None else None for g, x in zip(grads, inputs)), None, None)
+
+
+attention_op.register_autograd(run_backward, setup_context=save_for_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What hedgehog.py calls
+
+
+def unsupported(q, v, has_map):
+    """Why these kernels cannot run on such tensors, or None."""
+    D, P = v.shape[-1], q.shape[-1]
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {q.dtype}, the kernels take bfloat16, float16 and float32"
+    if D not in (32, 64, 128) or has_map and P != D:
+        return f"head width {D}, the kernels take 32, 64 and 128"
+    if not has_map and P not in (32, 64, 128, 256):
+        return f"feature width {P}, the kernels take 32, 64, 128 and 256"
+    if q.dtype == torch.bfloat16 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "bfloat16 on a GPU older than Ampere"
+    return None
+
+
+def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, return_state=False, eps=1e-30):
+    """Causal linear attention. With wq, wk (H, D, D) from raw q, k (B, H, T, D); without them from features (B, H, T, P).
+
+    v: (B, H, T, D). Returns y (B, H, T, D), and with return_state the pair (y, state (B, H, P, D+1) in float32).
+    """
+    why = unsupported(q, v, wq is not None)
+    if why:
+        raise ValueError(f"hedgehog_triton cannot run this: {why}")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    wq, wk, bq, bk, state = (x if x is None else x.contiguous() for x in (wq, wk, bq, bk, state))
+    y, _, state = attention_op(q, k, v, wq, wk, bq, bk, state, return_state, eps)
+    return (y, state) if return_state else y
