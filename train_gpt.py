@@ -68,12 +68,12 @@ class TrainConfig:
     chunk_size: int = opt(64, "tokens whose attention weights are formed at once (linear attention)")
     segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
     # optimisation
-    steps: int = opt(600, "optimizer steps")
-    batch_size: int = opt(16, "sequences a step, over all processes and micro-batches")
+    steps: int = opt(1000, "optimizer steps")
+    batch_size: int = opt(8, "sequences a step, over all processes and micro-batches")
     accum: int = opt(1, "micro-batches a step; doubling it halves the memory and leaves the curve as it is")
-    lr: float = opt(2e-3, "peak learning rate")
+    lr: float = opt(4e-3, "peak learning rate")
     map_lr_scale: float = opt(1.0, "learning rate of the feature maps, times --lr")
-    warmup: int = opt(50, "steps of linear warm-up; a cosine to a tenth of --lr follows")
+    warmup: int = opt(100, "steps of linear warm-up; a cosine to a tenth of --lr follows")
     weight_decay: float = opt(0.1, "on matrices only")
     beta2: float = opt(0.99, "AdamW's second moment")
     clip: float = opt(1.0, "largest norm of the gradient")
@@ -82,7 +82,7 @@ class TrainConfig:
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = opt("auto", "of the matrix products; auto: bfloat16 where the GPU has it", ("auto", "float32", "bfloat16"))
     compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
-    eval_every: int = opt(100, "steps between evaluations, each of which also writes a checkpoint")
+    eval_every: int = opt(200, "steps between evaluations, each of which also writes a checkpoint")
     prompt: str = opt("The ", "beginning of the sample at the end")
 
 

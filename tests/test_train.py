@@ -140,7 +140,7 @@ def test_accumulation_leaves_the_curve_as_it_is(text_dir, tmp_path):
 
 def test_the_default_run_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "HERE", tmp_path)  # so that the text is made here, from nothing
-    summary = train(parse_config(TrainConfig, PRESETS, ["--steps", "30", "--eval-every", "30", "--batch-size", "8", "--device",
+    summary = train(parse_config(TrainConfig, PRESETS, ["--steps", "30", "--eval-every", "30", "--device",
                                                         "cpu", "--out", str(tmp_path / "run"), "--warmup", "10"]))
     # Bytes of English: 5.5 nats at random, 3.1 by their frequencies alone.
     assert rows(tmp_path / "run")[0][3] > "5" and summary["valid_nats"] < 3.1
