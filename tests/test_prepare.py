@@ -311,7 +311,8 @@ def made_zip(texts=SPLIT_TEXTS):
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:    # stored, so that it is long enough to be cut
         for split, text in texts.items():
-            archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", text)
+            # ZipInfo has a fixed date: the clock's would make two zips differ when a second passes between them.
+            archive.writestr(zipfile.ZipInfo(f"wikitext-103-raw/wiki.{split}.raw"), text)
     return data.getvalue()
 
 
