@@ -106,6 +106,15 @@ def store_state(s, half, rows, cols, width, S, z, first):
 
 
 @triton.jit
+def store_weight_gradient(dw, db, program, cols, dW, dB, BIAS: tl.constexpr):
+    """What one program adds to the gradients of W and b."""
+    HP: tl.constexpr = cols.shape[0]
+    tl.store(dw + program * HP * HP + cols[:, None] * HP + cols[None, :], dW)
+    if BIAS:
+        tl.store(db + program * HP + cols, dB)
+
+
+@triton.jit
 def map_gradient(p, m, g_p, g_m):
     """d loss / d u of [softmax(u), softmax(-u)]."""
     return p * (g_p - tl.sum(p * g_p, axis=1)[:, None]) - m * (g_m - tl.sum(m * g_m, axis=1)[:, None])
@@ -244,10 +253,7 @@ def backward_q_kernel(q, k, v, wq, wk, bq, bk, s0, o, do, den, delta, dq, dw, db
             store_tile(dq, t, xt, cols, T, g_p)
             store_tile(dq + HP, t, xt, cols, T, g_m)
     if MAP:
-        program = program * tl.num_programs(2) + block
-        tl.store(dw + program * HP * HP + cols[:, None] * HP + cols[None, :], dW)
-        if BIAS:
-            tl.store(db + program * HP + cols, dB)
+        store_weight_gradient(dw, db, program * tl.num_programs(2) + block, cols, dW, dB, BIAS)
 
 
 @triton.jit
@@ -306,10 +312,7 @@ def backward_kv_kernel(q, k, v, wq, wk, bq, bk, r0, do, den, delta, dk, dv, dw, 
             store_tile(dk, t, xt, cols, T, g_p)
             store_tile(dk + HP, t, xt, cols, T, g_m)
     if MAP:
-        program = program * tl.num_programs(2) + block
-        tl.store(dw + program * HP * HP + cols[:, None] * HP + cols[None, :], dW)
-        if BIAS:
-            tl.store(db + program * HP + cols, dB)
+        store_weight_gradient(dw, db, program * tl.num_programs(2) + block, cols, dW, dB, BIAS)
     if STORE_DS0:
         if seg == 0:
             ds0 += bh * 2 * HP * (DV + 1)
