@@ -393,9 +393,9 @@ def train(config):
                 if log:
                     log.row(step, tokens_per_step, learning_rate(step, config), state, nats, speed(seconds, tokens_per_step))
                 improved, state["best"] = nats < state["best"], min(nats, state["best"])
-                save("last.pt")
-                if improved:
+                if improved:  # before last.pt, which says that it is there
                     save("best.pt")
+                save("last.pt")
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
@@ -414,6 +414,7 @@ def train(config):
     if rank == 0:
         summary = finish(config, raw, data, out, device, autocast, micro, state, speed(seconds, tokens_per_step), say)
     if world > 1:
+        dist.barrier()  # a process that leaves while another still works was seen to abort, and to take the run with it
         dist.destroy_process_group()
     return summary
 
