@@ -12,7 +12,7 @@ sums, and what is left of the past is one matrix that every token adds to. That 
 
     y_t = phi(q_t) S_t / phi(q_t).z_t        S_t = S_{t-1} + phi(k_t) v_t^T        z_t = z_{t-1} + phi(k_t)
 
-Hedgehog learns phi so that these weights imitate softmax's: phi(x) = [softmax(xW), softmax(-xW)].
+Hedgehog learns phi, by imitating a trained softmax model or from the task itself: phi(x) = [softmax(xW), softmax(-xW)].
 
 Letters
     B batch    T time    C model width (n_embd)    H heads    D head width, C / H
@@ -263,8 +263,8 @@ def check_inputs(q, k, v, form, causal, state, return_state, chunk_size):
     expected = (*q.shape[:2], q.shape[-1], v.shape[-1] + 1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     if state is not None and (state.shape != expected or state.dtype != dtype or state.device != q.device):
-        raise ValueError(f"the state must be {expected} in {dtype} on {q.device}, as an earlier call with the same B, H, "
-                         f"P and D returned it, got {tuple(state.shape)} in {state.dtype} on {state.device}")
+        raise ValueError(f"the state must be {expected} in {dtype} on {q.device}, as an earlier call with the same B, "
+                         f"H, P and D returned it, got {tuple(state.shape)} in {state.dtype} on {state.device}")
 
 
 class LinearAttention(nn.Module):
@@ -328,6 +328,11 @@ class GPTConfig:
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
             raise ValueError(f"unknown attention {self.attention!r}: choose one of {', '.join(ATTENTIONS)}")
+        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.chunk_size) < 1:
+            raise ValueError("block_size, vocab_size, n_layer, n_head, n_embd and chunk_size must be at least 1, got "
+                             f"{self}")
+        if self.segment_size < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"segment_size={self.segment_size} must be at least 0, dropout={self.dropout} in [0, 1)")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
 
@@ -443,10 +448,10 @@ class GPT(nn.Module):
         if offset + T > self.config.block_size:
             raise ValueError(f"a sequence of {offset + T} tokens does not fit block_size={self.config.block_size}: "
                              "crop it, or train with a larger block_size")
-        if idx.device.type == "cpu" and not torch.compiler.is_compiling():                # on a GPU it would cost a wait
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():               # on a GPU it would cost a wait
             if idx.numel() == 0 or idx.min() < 0 or idx.max() >= self.config.vocab_size:
-                raise ValueError(f"no token, or one beyond the vocabulary of {self.config.vocab_size}: was the text made "
-                                 "with another tokenizer?")
+                raise ValueError(f"no token, or one beyond the vocabulary of {self.config.vocab_size}: was the text "
+                                 "made with another tokenizer?")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(offset, offset + T, device=idx.device))
         x = self.transformer.drop(x)                                                      # (B, T, C)
         for i, block in enumerate(self.transformer.h):
@@ -463,7 +468,7 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token. A prompt longer than block_size is cropped to its end. When the block
         is full, the newest half of it is read again as a fresh prompt, since GPT-2's learned positions end there.
         """
-        if temperature < 0 or (top_k is not None and top_k < 1) or idx.shape[1] < 1:
+        if not temperature >= 0 or (top_k is not None and top_k < 1) or idx.shape[1] < 1:
             raise ValueError("generation needs temperature >= 0, top_k >= 1 and a prompt of at least one token, got "
                              f"{temperature}, {top_k} and {idx.shape[1]}")
         block_size = self.config.block_size

@@ -4,16 +4,17 @@
     python train_gpt.py --attention softmax                the same run with softmax attention
     python train_gpt.py --data DIR                         your own text, made by data/prepare.py
     python train_gpt.py --preset wikitext103               the paper's from-scratch experiment
-    torchrun --nproc_per_node 8 train_gpt.py ...           the same curve on several GPUs
+    torchrun --nproc-per-node 8 train_gpt.py ...           the same run on several GPUs
 
 A run is a folder: config.json, log.csv (one row an evaluation), last.pt and best.pt, summary.json. Add --resume to the
-command of a run that was stopped and it goes on along the same curve.
+command of a run that was stopped and it goes on along the same curve: on a CPU to the last bit.
 """
 
 import argparse
 import csv
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -43,6 +44,10 @@ HERE = Path(__file__).resolve().parent
 # Configuration: one dataclass is the command line
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def opt(default, help, choices=None):
     """A field that is also a flag: its default, its help and its choices on one line."""
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
@@ -70,7 +75,7 @@ class TrainConfig:
     # optimisation
     steps: int = opt(1000, "optimizer steps")
     batch_size: int = opt(8, "sequences a step, over all processes and micro-batches")
-    accum: int = opt(1, "micro-batches a step; doubling it halves the memory and leaves the curve as it is")
+    accum: int = opt(1, "micro-batches a step; doubling it halves the memory, not the batch")
     lr: float = opt(4e-3, "peak learning rate")
     map_lr_scale: float = opt(1.0, "learning rate of the feature maps, times --lr")
     warmup: int = opt(100, "steps of linear warm-up; a cosine to a tenth of --lr follows")
@@ -80,10 +85,20 @@ class TrainConfig:
     seed: int = opt(0, "of the initial weights, the order of the data and dropout")
     # machine
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "of the matrix products; auto: bfloat16 where the GPU has it", ("auto", "float32", "bfloat16"))
+    dtype: str = opt("auto", "of the matrix products; auto: bfloat16 where the GPU has it",
+                     ("auto", "float32", "bfloat16"))
     compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
     eval_every: int = opt(200, "steps between evaluations, each of which also writes a checkpoint")
     prompt: str = opt("The ", "beginning of the sample at the end")
+
+    def __post_init__(self):
+        least = dict(steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, weight_decay=0,
+                     clip=0, seed=0)
+        for name, smallest in least.items():
+            if not getattr(self, name) >= smallest:
+                raise ValueError(f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}")
+        if self.seed >= 2 ** 31 or not 0 <= self.beta2 < 1:
+            raise ValueError(f"--seed must be below 2^31 and --beta2 in [0, 1), got {self.seed} and {self.beta2}")
 
 
 PRESETS = {
@@ -98,14 +113,14 @@ MAY_CHANGE_ON_RESUME = {"preset", "data", "out", "resume", "accum", "device", "c
 
 
 def parse_config(config_class, presets=None, argv=None):
-    """Command line -> config. Precedence: flags, then the run that --resume goes on with, then the preset, then defaults."""
+    """Command line -> config. Flags come first, then the run that --resume goes on with, then the preset."""
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(config_class):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         if f.metadata["choices"]:
             kind["choices"] = f.metadata["choices"]
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
+        parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **kind)
     config = parser.parse_args(argv)
     parser.set_defaults(**(presets or {}).get(getattr(config, "preset", ""), {}))
     config = parser.parse_args(argv)
@@ -115,8 +130,8 @@ def parse_config(config_class, presets=None, argv=None):
         config = parser.parse_args(argv)
         changed = [k for k, v in saved.items() if k not in MAY_CHANGE_ON_RESUME and getattr(config, k) != v]
         if changed:
-            raise ValueError("this run was started with " + ", ".join(f"{k}={saved[k]}" for k in changed) + ": leave out "
-                             + ", ".join("--" + k.replace("_", "-") for k in changed) + " to resume it, or choose another --out")
+            raise ValueError(f"this run was started with {', '.join(f'{k}={saved[k]}' for k in changed)}: leave out "
+                             f"{', '.join(map(flag, changed))} to resume it, or choose another --out")
     return config_class(**vars(config))
 
 
@@ -142,9 +157,13 @@ def pick_device(name, dtype):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # tf32 for what stays float32
         why += ": " + torch.cuda.get_device_name(device)
-    if dtype == "auto":
-        dtype = "bfloat16" if name == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return device, getattr(torch, dtype) if dtype != "float32" else None, f"{name} ({why}), {dtype}"
+    if dtype != "auto":
+        why_dtype = "as asked for"
+    elif name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype, why_dtype = "bfloat16", "this GPU has it"
+    else:
+        dtype, why_dtype = "float32", "a GPU without bfloat16" if name == "cuda" else "bfloat16 is for CUDA"
+    return device, getattr(torch, dtype) if dtype != "float32" else None, f"{name} ({why}), {dtype} ({why_dtype})"
 
 
 def load_data(folder, block_size):
@@ -153,22 +172,26 @@ def load_data(folder, block_size):
     remedy = f"make it with: python data/prepare.py FILE... --out {folder}"
     if not (folder / "meta.json").exists():
         raise ValueError(f"no prepared text in {folder} (meta.json is missing): {remedy}")
-    data = {"meta": json.loads((folder / "meta.json").read_text())}
-    for split in ("train", "valid", "test"):
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        vocab_size, counts = int(meta["vocab_size"]), {k: int(meta["tokens"][k]) for k in meta["tokens"]}
+        if not {"tokenizer", "unit", "words", "sha256"} <= meta.keys() or not {"train", "valid"} <= counts.keys():
+            raise KeyError
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise ValueError(f"{folder / 'meta.json'} is damaged: {remedy}") from None
+    data = {"meta": meta}
+    for split, count in counts.items():
         path = folder / f"{split}.bin"
-        if split == "test" and not path.exists():
-            continue
         if not path.exists() or path.stat().st_size == 0:
             raise ValueError(f"{path} is missing or empty: {remedy}")
-        tokens = np.memmap(path, dtype="<u2", mode="r")
-        if len(tokens) != data["meta"]["tokens"][split]:
-            raise ValueError(f"{path} holds {len(tokens)} tokens, its meta.json says {data['meta']['tokens'][split]}: {remedy}")
-        if len(tokens) <= block_size:
-            raise ValueError(f"{path} holds {len(tokens)} tokens, a block takes {block_size + 1}: lower --block-size or "
+        if path.stat().st_size != 2 * count:
+            raise ValueError(f"{path} holds {path.stat().st_size} bytes, its meta.json says {2 * count}: {remedy}")
+        if count <= block_size:
+            raise ValueError(f"{path} holds {count} tokens, a block takes {block_size + 1}: lower --block-size or "
                              "prepare more text")
-        if tokens.max() >= data["meta"]["vocab_size"]:
-            raise ValueError(f"{path} holds token {tokens.max()}, beyond the vocabulary of {data['meta']['vocab_size']}: {remedy}")
-        data[split] = tokens
+        data[split] = np.memmap(path, dtype="<u2", mode="r")
+        if data[split].max() >= vocab_size:
+            raise ValueError(f"{path} holds token {data[split].max()}, beyond the vocabulary of {vocab_size}: {remedy}")
     return data
 
 
@@ -223,6 +246,10 @@ def evaluate(model, tokens, block_size, batch_size, device, autocast=nullcontext
     return nats / count
 
 
+def perplexity(nats):
+    return math.exp(min(nats, 700))  # e^710 is beyond a float
+
+
 def over_processes(values, device, world):
     """The sums of a few floats over all processes."""
     if world == 1:
@@ -244,7 +271,8 @@ def make_optimizer(model, config, device):
         groups.setdefault((is_map, is_matrix), []).append(p)
     return torch.optim.AdamW(
         [dict(params=params, lr_scale=config.map_lr_scale if is_map else 1.0,
-              weight_decay=config.weight_decay if is_matrix else 0.0) for (is_map, is_matrix), params in groups.items()],
+              weight_decay=config.weight_decay if is_matrix else 0.0)
+         for (is_map, is_matrix), params in groups.items()],
         lr=config.lr, betas=(0.9, config.beta2), fused=device.type == "cuda")
 
 
@@ -278,30 +306,46 @@ def load_checkpoint(path):
     """The dict of a last.pt or best.pt, on the CPU. ValueError if it is not there or damaged."""
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"no checkpoint at {path}: train one with python train_gpt.py, or mend --out")
+        raise ValueError(f"no checkpoint at {path}: train one with python train_gpt.py, or mend the path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert {"model", "model_config", "meta", "config"} <= checkpoint.keys()
-        return checkpoint
-    except (RuntimeError, EOFError, OSError, AssertionError, AttributeError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} is damaged or not a checkpoint of train_gpt.py: use the other one of last.pt and best.pt "
-                         "beside it, or train again without --resume") from e
+        complete = {"model", "optimizer", "state", "model_config", "meta", "config"} <= checkpoint.keys()
+    except PermissionError:
+        raise
+    except (RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as e:
+        raise ValueError(damaged(path)) from e
+    if not complete:
+        raise ValueError(damaged(path))
+    return checkpoint
+
+
+def damaged(path):
+    return (f"{path} is damaged, or not a checkpoint of train_gpt.py: if the other one of last.pt and best.pt beside it "
+            "is whole, copy it over this one; otherwise train again")
 
 
 def load_model(path, device="cpu"):
     """(model in eval mode, its checkpoint), from a last.pt or best.pt."""
     checkpoint = load_checkpoint(path)
-    model = GPT(GPTConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as e:
+        raise ValueError(damaged(path)) from e
     return model.to(device).eval(), checkpoint
 
 
 def provenance():
     """What a result needs to be trusted: command, commit, versions, device."""
-    git = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return dict(command=" ".join(["python", *sys.argv]), commit=git.stdout.strip() or "unknown", torch=torch.__version__,
+    try:
+        git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    cuda = torch.cuda.is_available()
+    return dict(command=" ".join(["python", *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
                 python=platform.python_version(),
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine())
+                device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine())
 
 
 class Log:
@@ -310,17 +354,20 @@ class Log:
     columns = ("step", "tokens", "lr", "train_nats", "valid_nats", "valid_ppl", "seconds", "tokens_per_second")
 
     def __init__(self, path, start):
-        rows = []
+        kept = io.StringIO(newline="")
+        writer = csv.DictWriter(kept, self.columns)
+        writer.writeheader()
         if start and path.exists():
-            rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) < start]
-        self.file = path.open("w", newline="")
+            with path.open(newline="") as f:
+                writer.writerows(row for row in csv.DictReader(f) if int(row["step"]) < start)
+        write_atomically(path, lambda f: f.write(kept.getvalue().encode()))
+        self.file = path.open("a", newline="")
         self.writer = csv.DictWriter(self.file, self.columns)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
 
     def row(self, step, tokens_per_step, lr, state, nats, tokens_per_second):
         train_nats = state["loss_sum"] / max(1, state["loss_count"])                      # the mean since the last row
-        row = (step, step * tokens_per_step, lr, train_nats, nats, math.exp(nats), state["seconds"], tokens_per_second)
+        row = (step, step * tokens_per_step, lr, train_nats, nats, perplexity(nats), state["seconds"],
+               tokens_per_second)
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in zip(self.columns, row)})
         self.file.flush()
 
@@ -353,8 +400,9 @@ def train_step(model, optimizer, tokens, config, step, device, autocast, rank, w
 
 def stop_if_not_finite(value, step, config):
     if not math.isfinite(value):
-        raise ValueError(f"the loss or its gradient is {value} at step {step}, learning rate {learning_rate(step, config):.2g}; "
-                         f"the last checkpoint in {run_folder(config)} is good: lower --lr or lengthen --warmup")
+        raise ValueError(f"the loss or its gradient is {value} at step {step}, learning rate "
+                         f"{learning_rate(step, config):.2g}; the last checkpoint in {run_folder(config)} is good: "
+                         "lower --lr or lengthen --warmup")
 
 
 def train(config):
@@ -364,13 +412,19 @@ def train(config):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = tqdm.write if rank == 0 else lambda text: None
+    if config.batch_size % (world * config.accum):
+        raise ValueError(f"--batch-size {config.batch_size} must be a multiple of --accum {config.accum} x {world} "
+                         "processes")
     data, out = find_data(config, rank, world), run_folder(config)
     raw, optimizer, state = build(config, data["meta"], device)
+    tokenizer = load_tokenizer(data["meta"]["tokenizer"])  # now, and not after hours: what cannot work fails here
+    prompt = encode_prompt(tokenizer, config.prompt)
     if rank == 0:
         start_folder(out, config, raw, data["meta"], say)
     model = torch.compile(raw) if config.compile else raw
     if world > 1:
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)   # they never change
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
     unit, count, micro = data["meta"]["unit"], data["meta"]["tokens"], config.batch_size // (world * config.accum)
     say(f"{config.attention}, {sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters, on {why}\n"
@@ -384,18 +438,20 @@ def train(config):
 
     log = Log(out / "log.csv", state["step"]) if rank == 0 else None
     seconds, first, tokens_per_step = [], state["step"], config.batch_size * config.block_size
-    with interrupts() as received, tqdm(total=config.steps, initial=first, unit="step", disable=rank > 0 or None) as bar:
+    quiet = rank > 0 or None  # None: no bar where there is no terminal
+    with interrupts(say) as received, tqdm(total=config.steps, initial=first, unit="step", disable=quiet) as bar:
         for step in range(first, config.steps + 1):
             if step % config.eval_every == 0 or step == config.steps:
                 nats = evaluate(model, data["valid"], config.block_size, micro, device, autocast, rank, world)
                 stop_if_not_finite(nats, step, config)
-                say(f"step {step:5d}  valid {nats:.4f} nats, perplexity {math.exp(nats):.2f} per {unit}")
-                if log:
-                    log.row(step, tokens_per_step, learning_rate(step, config), state, nats, speed(seconds, tokens_per_step))
+                say(f"step {step:5d}  valid {nats:.4f} nats, perplexity {perplexity(nats):.2f} per {unit}")
                 improved, state["best"] = nats < state["best"], min(nats, state["best"])
                 if improved:  # before last.pt, which says that it is there
                     save("best.pt")
                 save("last.pt")
+                if log:
+                    rate = speed(seconds, tokens_per_step)
+                    log.row(step, tokens_per_step, learning_rate(step, config), state, nats, rate)
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
@@ -412,7 +468,12 @@ def train(config):
                 raise SystemExit(130)
     summary = None
     if rank == 0:
-        summary = finish(config, raw, data, out, device, autocast, micro, state, speed(seconds, tokens_per_step), say)
+        rate = speed(seconds, tokens_per_step)
+        summary = finish(config, raw, data, out, device, autocast, micro, state, rate)
+        text = tokenizer.decode_bytes(raw.generate(prompt.to(device), 200, temperature=0.8, top_k=50)[0].tolist())
+        say(f"best after step {summary['best_step']}: valid {summary['valid_nats']:.4f} nats, perplexity "
+            f"{summary['valid_ppl']:.2f} per {unit}, {rate:,.0f} {unit}s/s, {state['seconds']:.0f} s of training\n"
+            f"--- sample ---\n{text.decode(errors='replace')}")
     if world > 1:
         dist.barrier()  # a process that leaves while another still works was seen to abort, and to take the run with it
         dist.destroy_process_group()
@@ -421,8 +482,6 @@ def train(config):
 
 def find_data(config, rank, world):
     """The text of --data, or the embedded default, which is made at the first use."""
-    if config.batch_size % (world * config.accum):
-        raise ValueError(f"--batch-size {config.batch_size} must be a multiple of --accum {config.accum} x {world} processes")
     folder = Path(config.data or HERE / "data" / "pydoc")
     if not config.data and rank == 0 and not (folder / "meta.json").exists():
         prepare_pydoc(folder)
@@ -459,28 +518,31 @@ def start_folder(out, config, model, meta, say):
     save_json(out / "config.json", dict(asdict(config), model=asdict(model.config), meta=meta, **provenance()))
 
 
-def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second, say):
-    """Evaluate the best checkpoint (and the test split, if there is one), write summary.json, let the model speak."""
+def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second):
+    """Evaluate the best checkpoint, also on the test split if there is one, and write summary.json."""
     best = load_checkpoint(out / "best.pt")
     model.load_state_dict(best["model"])
-    meta, tokenizer = data["meta"], load_tokenizer(data["meta"]["tokenizer"])
-    summary = dict(attention=config.attention, parameters=sum(p.numel() for p in model.parameters()), steps=config.steps,
-                   tokens=config.steps * config.batch_size * config.block_size, best_step=best["state"]["step"], unit=meta["unit"])
+    model.eval()
+    meta, trained = data["meta"], config.steps * config.batch_size * config.block_size
+    summary = dict(attention=config.attention, parameters=sum(p.numel() for p in model.parameters()),
+                   steps=config.steps, tokens=trained, best_step=best["state"]["step"], unit=meta["unit"])
     for split in ("valid", "test"):
         if split in data:
             nats = evaluate(model, data[split], config.block_size, micro, device, autocast)
-            words = meta["words"][split]
-            summary |= {f"{split}_nats": nats, f"{split}_ppl": math.exp(nats),
-                        f"{split}_ppl_per_word": math.exp(min(700, nats * (len(data[split]) - 1) / words))}
+            per_word = perplexity(nats * (len(data[split]) - 1) / meta["words"][split])
+            summary |= {f"{split}_nats": nats, f"{split}_ppl": perplexity(nats), f"{split}_ppl_per_word": per_word}
     peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
     summary |= dict(tokens_per_second=tokens_per_second, train_seconds=state["seconds"], peak_gib=peak, **provenance())
     save_json(out / "summary.json", summary)
-    prompt = torch.tensor([tokenizer.encode(config.prompt)], device=device)
-    text = tokenizer.decode_bytes(model.eval().generate(prompt, 200, temperature=0.8, top_k=50)[0].tolist())
-    say(f"best after step {summary['best_step']}: valid {summary['valid_nats']:.4f} nats, perplexity "
-        f"{summary['valid_ppl']:.2f} per {meta['unit']}, {tokens_per_second:,.0f} {meta['unit']}s/s, "
-        f"{state['seconds']:.0f} s of training\n--- sample ---\n{text.decode(errors='replace')}")
     return summary
+
+
+def encode_prompt(tokenizer, prompt):
+    """(1, T) token ids."""
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("--prompt is empty: give at least one character")
+    return torch.tensor([ids])
 
 
 def speed(seconds, tokens_per_step):
@@ -489,7 +551,7 @@ def speed(seconds, tokens_per_step):
 
 
 @contextmanager
-def interrupts():
+def interrupts(say):
     """A list that Ctrl-C and SIGTERM append to, so that a step is never cut in two. A second one stops at once."""
     received = []
 
@@ -497,6 +559,7 @@ def interrupts():
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        say("stopping after this step (once more: at once)")
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -506,19 +569,28 @@ def interrupts():
             signal.signal(s, old)
 
 
-def cli(run):
+def cli(run, out_of_memory="double --accum, or lower --batch-size, --block-size or --n-embd"):
     """run(), with what a user can mend told in a sentence and exit code 2 instead of a traceback."""
     try:
         run()
+        return
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except BrokenPipeError:  # the reader of our output has left, as in `sample.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except ValueError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "not enough memory" not in str(e) and "can't allocate memory" not in str(e):
+        message, code = f"error: {e}", 2
+    except OSError as e:
+        message, code = f"error: {e}: free some space, or mend the path or its permissions", 2
+    except (RuntimeError, MemoryError) as e:
+        # PyTorch says it in one type on CUDA, and in words alone on MPS and on the CPU.
+        words = ("out of memory", "not enough memory", "can't allocate memory")
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not any(w in str(e) for w in words):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: out of memory: double --accum (the curve stays the same), or lower "
-              f"--batch-size, --block-size or --n-embd. {str(e).splitlines()[0]}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message, code = f"error: out of memory: {out_of_memory}. {(str(e).splitlines() or [''])[0]}", 2
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

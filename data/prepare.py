@@ -228,7 +228,8 @@ def prepare(texts, out_dir, tokenizer, sources=(), valid_fraction=0.1, workers=D
             "tokens": {}, "bytes": {}, "words": {}, "sha256": {}, "sources": list(sources)}
     out_dir.mkdir(parents=True, exist_ok=True)
     with (tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as temporary,
-          tqdm(desc="tokenize", total=sum(n for n, _ in sizes.values()), unit="B", unit_scale=True, disable=None) as bar,
+          tqdm(desc="tokenize", total=sum(n for n, _ in sizes.values()), unit="B", unit_scale=True,
+               disable=None) as bar,
           ThreadPoolExecutor(workers) as pool):    # threads are enough: tiktoken releases the interpreter lock
         for split in sorted(streams, key=SPLITS.index):
             counts, digest, name = np.zeros(3, np.int64), hashlib.sha256(), f"{split}.bin"
@@ -370,7 +371,8 @@ def prepare_wikitext103(out_dir, tokenizer, zip_path=None, **options):
 # ---------------------------------------------------------------- command line
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", metavar="FILE", help="UTF-8 text, plain or .xz, .gz, .bz2; or the word "
                         "pydoc or wikitext103 (a file of that name: ./pydoc)")
     parser.add_argument("--tokenizer", choices=TOKENIZERS, help="default: gpt2 for wikitext103, otherwise bytes")
@@ -397,7 +399,7 @@ def parse(arguments):
     if config.zip and config.built_in != "wikitext103":
         parser.error("--zip goes with wikitext103 only")
     config.tokenizer = config.tokenizer or ("gpt2" if config.built_in == "wikitext103" else "bytes")
-    config.out = config.out or Path("data", Path(config.texts[0]).name.split(".")[0])
+    config.out = config.out or Path("data", Path(config.texts[0]).name.split(".")[0] or "text")
     return config
 
 

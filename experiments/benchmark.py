@@ -24,7 +24,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # hedgehog.py lies there, and is not an installed package
 from hedgehog import GPT, GPTConfig, LinearAttention  # noqa: E402
+from train_gpt import provenance  # noqa: E402
 
 MIB = 2**20
 PAIRS = (("chunked", "softmax"), ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"),
@@ -327,12 +327,6 @@ def device_name(device):
         return platform.processor() or platform.machine()
 
 
-def commit():
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]                # the short hash, "-dirty" if so
-    git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() or "no commit"
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -367,7 +361,7 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     command = shlex.join(["python", "experiments/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     common = {"H": args.heads, "D": args.dim, "dtype": args.dtype, "device": device_name(args.device),
-              "threads": args.threads, "torch": torch.__version__, "command": command, "commit": commit(),
+              "threads": args.threads, "torch": torch.__version__, "command": command, "commit": provenance()["commit"],
               "date": datetime.datetime.now().isoformat(timespec="seconds")}
     rows = []
     # flash-linear-attention's autotuner does not know of T: on CUDA every T gets a fresh process.

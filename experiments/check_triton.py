@@ -10,7 +10,6 @@ costs: the exact function of the rounded inputs against the exact function of th
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the top-level files are not an installed package
 from hedgehog import linear_attention  # noqa: E402
 from hedgehog_triton import fused_attention  # noqa: E402
+from train_gpt import provenance  # noqa: E402
 
 NAMES = ("y", "state", "dq", "dk", "dv", "dwq", "dwk", "dbq", "dbk", "dstate")
 
@@ -114,13 +114,13 @@ if __name__ == "__main__":
         try:
             rows.append(check(*case))
         except Exception as e:  # the others are still worth knowing
-            rows.append(dict(case=str(case), ok=False, worst=f"{type(e).__name__}: {str(e)[:300]}", identical=None, errors={}))
+            worst = f"{type(e).__name__}: {str(e)[:300]}"
+            rows.append(dict(case=str(case), ok=False, worst=worst, identical=None, errors={}))
         row = rows[-1]
         if not row["ok"] or options.small:
             print(case[:4], str(case[4])[6:], case[5:], "ok" if row["ok"] else "FAILED", row["worst"],
                   f"identical={row['identical']}", {n: f"{e:.1e}" for n, e in row["errors"].items()}, flush=True)
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    about = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, commit=commit)
+    about = provenance()
     if not options.small:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps([dict(row, **about) for row in rows], indent=1) + "\n")

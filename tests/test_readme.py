@@ -1,0 +1,87 @@
+"""The README keeps its word: every command runs (at toy size), the snippet works, the counts are right."""
+
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+MODEL = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 32 --batch-size 2 --warmup 1 --device cpu"
+TOY = f"{MODEL} --steps 2 --eval-every 2"
+# Every command of the README, in its order, and what makes it a toy. None: the reason stands beside it.
+COMMANDS = {
+    "pip install -r requirements.txt": None,                                 # what .ci/run does first
+    "python train_gpt.py": TOY,
+    "python -m pytest": None,                                                # this very run
+    "python train_gpt.py --attention softmax": TOY,
+    "python experiments/benchmark.py": "--T 32 --heads 1 --dim 8 --repeats 1 --warmup 1 --decode 2 4 --decode-tokens 1 "
+                                       "--threads 1 --out rows.json",
+    "python data/prepare.py book.txt --tokenizer bytes --out data/book": "",
+    "python train_gpt.py --data data/book --out runs/book": TOY,
+    'python sample.py runs/book --prompt "Once"': "--tokens 3 --device cpu",
+    "python train_gpt.py --help": "",
+    "torchrun --nproc-per-node 8 train_gpt.py …": None,                      # tests/test_train.py, with 2 processes
+    "python data/prepare.py wikitext103": None,                              # tests/test_prepare.py, from a local server
+}
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    inline = re.findall(r"(?<!`)`((?:python|torchrun|pip) [^`]+)`(?!`)", README)
+    lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+    return [part.strip() for line in lines + inline for part in line.split("&&")]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_every_command_is_known_to_the_test_below():
+    assert set(commands()) == set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A fresh copy of the project with a book beside it."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("experiments/*.py")]:
+        (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / path.relative_to(ROOT))
+    (folder / "book.txt").write_text("Once upon a time there was a hedgehog who read everything twice. \n" * 40)
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c, toy in COMMANDS.items() if toy is not None])
+def test_every_command_runs(command, clone, monkeypatch, capsys):
+    monkeypatch.chdir(clone)
+    arguments = shlex.split(command)[1:] + shlex.split(COMMANDS[command])
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "path", [str(clone), *sys.path])
+    try:
+        runpy.run_path(str(clone / arguments[0]), run_name="__main__")
+    except SystemExit as e:
+        assert not e.code
+    assert capsys.readouterr().out
+
+
+def test_the_snippet_does_what_its_comments_say():
+    import torch
+    torch.manual_seed(0)
+    names = {}
+    for block in blocks("python"):
+        exec(block, names)
+    whole = names["attention"](names["q"], names["k"], names["v"])
+    assert names["y"].shape == (2, 12, 1, 64) and torch.allclose(whole[:, :, -1:], names["y"], atol=1e-5)
+
+
+def test_line_counts_words_and_links_are_right():
+    for name, count in re.findall(r"\| \[`([^`]+)`\]\([^)]*\) \| (\d+) \|", README):
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(count)) <= 10, name
+    assert len(README.split()) <= 1200
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
