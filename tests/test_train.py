@@ -144,10 +144,10 @@ def test_the_default_run_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "HERE", tmp_path)  # so that the text is made here, from nothing
     whole = train_gpt.evaluate  # on a part of the text: most of the time went there
     monkeypatch.setattr(train_gpt, "evaluate", lambda model, tokens, *rest: whole(model, tokens[:8200], *rest))
-    summary = train(parse_config(TrainConfig, PRESETS, ["--steps", "30", "--eval-every", "30", "--device",
-                                                        "cpu", "--out", str(tmp_path / "run"), "--warmup", "10"]))
+    summary = train(parse_config(TrainConfig, PRESETS, ["--steps", "20", "--eval-every", "20", "--device",
+                                                        "cpu", "--out", str(tmp_path / "run"), "--warmup", "8"]))
     assert float(rows(tmp_path / "run")[0][3]) > 5  # nats; 256 equally likely bytes have 5.5
-    assert summary["valid_nats"] < 3.3
+    assert summary["valid_nats"] < 3.8
 
 
 def test_evaluation_counts_every_token_of_the_split_once():
@@ -300,7 +300,7 @@ def test_resume_refuses_another_configuration_text_or_nothing(text_dir, tmp_path
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "cut", "pickle", "another dict"])
-def test_a_damaged_checkpoint_says_what_to_do(text_dir, tmp_path, content):
+def test_a_damaged_checkpoint_says_what_to_do(text_dir, tmp_path, content, capsys):
     train(config(text_dir, tmp_path / "run", "--steps", "0"))
     path = tmp_path / "run" / "last.pt"
     if content == "cut":
@@ -313,8 +313,9 @@ def test_a_damaged_checkpoint_says_what_to_do(text_dir, tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged.*best.pt"):
         parse_config(TrainConfig, PRESETS, ["--out", str(tmp_path / "run"), "--resume"])
-    result = script("sample.py", str(path))
-    assert result.returncode == 2 and "damaged" in result.stderr and "Traceback" not in result.stderr
+    with pytest.raises(SystemExit) as e:
+        train_gpt.cli(lambda: sample(path, device="cpu"))
+    assert e.value.code == 2 and "damaged" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(text_dir, tmp_path):
