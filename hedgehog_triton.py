@@ -38,7 +38,6 @@ import triton
 import triton.language as tl
 
 CHUNKS_PER_PROGRAM = 8   # of the gradient kernels
-EDGE = tl.constexpr(16)  # columns of the denominator
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -90,15 +89,15 @@ def exponentials(x, w, b, BIAS: tl.constexpr, PREC: tl.constexpr):
 @triton.jit
 def features(x, start, rows, stride, cols, w, b, T, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.constexpr,
              PREC: tl.constexpr):
-    """(raw tile, the two halves of phi). Rows >= T are zero. Without MAP, x holds the halves beside each other."""
+    """(raw tile, the two halves of phi in float32). Rows >= T are zero. Without MAP, x holds the halves, side by side."""
     raw = load_tile(x, start, rows, stride, cols, T, dtype)
     if MAP:
         p, m = exponentials(raw, w, b, BIAS, PREC)
         inside = (start + rows < T).to(tl.float32)
-        p = (p * (inside / tl.sum(p, axis=1))[:, None]).to(dtype)
-        m = (m * (inside / tl.sum(m, axis=1))[:, None]).to(dtype)
+        p *= (inside / tl.sum(p, axis=1))[:, None]
+        m *= (inside / tl.sum(m, axis=1))[:, None]
     else:
-        p, m = raw, load_tile(x + cols.shape[0], start, rows, stride, cols, T, dtype)
+        p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, T, tl.float32)
     return raw, p, m
 
 
@@ -122,65 +121,50 @@ def load_denominator_gradient(delta, den, start, rows, at, T):
     return -tl.load(delta + at, mask=start + rows < T, other=0.0) / tl.load(den + at, mask=start + rows < T, other=1.0)
 
 
-@triton.jit
-def two_columns(x, dtype: tl.constexpr):
-    """(L,) float32 -> (L, EDGE): x rounded to dtype, what the rounding lost, zeros."""
-    edge = tl.arange(0, EDGE)[None, :]
-    rounded = x.to(dtype).to(tl.float32)
-    return tl.where(edge == 0, rounded[:, None], tl.where(edge == 1, (x - rounded)[:, None], 0.0)).to(dtype)
-
-
-# States: (P, DV + 1) in float32 from and to PyTorch, the last column the denominator's. Inside, its sum is spread over
-# EDGE columns: all equal for S (each key adds a row of ones), to be summed for R (see `two_columns`).
+# States: (P, DV + 1) in float32 from and to PyTorch, the last column the denominator's.
 
 
 @triton.jit
-def load_state(s, program, half, rows, cols, width, HAS: tl.constexpr, EQUAL: tl.constexpr):
+def load_state(s, program, half, rows, cols, width, HAS: tl.constexpr):
+    """Rows of one half of a (P, DV + 1) state: its block of columns, and its last column, the denominator's."""
     HP: tl.constexpr = rows.shape[0]
     S = tl.zeros((HP, cols.shape[0]), tl.float32)
-    Z = tl.zeros((HP, EDGE), tl.float32)
+    z = tl.zeros((HP,), tl.float32)
     if HAS:
         at = s + ((2 * program + half) * HP + rows) * width
         S = tl.load(at[:, None] + cols[None, :])
-        keep = (tl.arange(0, EDGE) < (EDGE if EQUAL else 1)).to(tl.float32)
-        Z = tl.load(at + width - 1)[:, None] * keep[None, :]
-    return S, Z
+        z = tl.load(at + width - 1)
+    return S, z
 
 
 @triton.jit
-def store_state(s, program, half, rows, cols, width, S, Z, first, EQUAL: tl.constexpr):
+def store_state(s, program, half, rows, cols, width, S, z, first):
     at = s + ((2 * program + half) * rows.shape[0] + rows) * width
     tl.store(at[:, None] + cols[None, :], S)
     if first:
-        tl.store(at + width - 1, tl.max(Z, axis=1) if EQUAL else tl.sum(Z, axis=1))
+        tl.store(at + width - 1, z)
 
 
 @triton.jit
-def store_chunk_state(c, program, half, rows, cols, DV: tl.constexpr, S, Z, first):
-    at = c + ((2 * program + half) * rows.shape[0] + rows) * (DV + EDGE)
-    tl.store(at[:, None] + cols[None, :], S.to(c.dtype.element_ty))
+def store_chunk_state(c, zs, program, half, rows, cols, DV: tl.constexpr, S, z, first):
+    at = (2 * program + half) * rows.shape[0] + rows
+    tl.store(c + at[:, None] * DV + cols[None, :], S.to(c.dtype.element_ty))
     if first:
-        tl.store(at[:, None] + (tl.arange(0, EDGE) + DV)[None, :], Z.to(c.dtype.element_ty))
+        tl.store(zs + at, z)
 
 
 @triton.jit
 def load_chunk_state(c, program, half, rows, cols, DV: tl.constexpr):
-    at = c + ((2 * program + half) * rows.shape[0] + rows) * (DV + EDGE)
-    return tl.load(at[:, None] + cols[None, :])
+    at = (2 * program + half) * rows.shape[0] + rows
+    return tl.load(c + at[:, None] * DV + cols[None, :])
 
 
 @triton.jit
-def load_chunk_edge(c, program, half, rows, DV: tl.constexpr):
-    at = c + ((2 * program + half) * rows.shape[0] + rows) * (DV + EDGE)
-    return tl.load(at[:, None] + (tl.arange(0, EDGE) + DV)[None, :])
-
-
-@triton.jit
-def feature_gradient(dA, other, y, start, rows, stride, T, edge, states, program, half, cols, DV: tl.constexpr,
+def feature_gradient(dA, other, y, start, rows, stride, T, states, z, program, half, cols, DV: tl.constexpr,
                      BV: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
-    """One half of dphi: dA other + [y, edge] state^T, the first from within the chunk, the second from the others."""
-    g = tl.dot(dA, other, input_precision=PREC)
-    g = tl.dot(edge, tl.trans(load_chunk_edge(states, program, half, cols, DV)), g, input_precision=PREC)
+    """One half of dphi_k: dA^T phi_q + v R^T + r, the first from within the chunk, the others from the later ones."""
+    g = tl.zeros(other.shape, tl.float32) + tl.load(z + (2 * program + half) * cols.shape[0] + cols)[None, :]
+    g = tl.dot(dA, other, g, input_precision=PREC)
     for j in tl.static_range(DV // BV):
         c = j * BV + tl.arange(0, BV)
         state = load_chunk_state(states, program, half, cols, c, DV)
@@ -214,41 +198,39 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
     causal = rows[:, None] >= rows[None, :]
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
-    Sp, Zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0, True)
-    Sm, Zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0, True)
-    ones = tl.full((L, EDGE), 1.0, dtype)
+    Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
+    Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
         _, kp, km = features(k, start, rows, kt, cols, WK, BK, T, MAP, BIAS, dtype, PREC)
         _, qp, qm = features(q, start, rows, qt, cols, WQ, BQ, T, MAP, BIAS, dtype, PREC)
         x = load_tile(v, start, rows, vt, vcols, T, dtype)
+        past = tl.sum(qp * zp[None, :], axis=1) + tl.sum(qm * zm[None, :], axis=1)
+        zp += tl.sum(kp, axis=0)
+        zm += tl.sum(km, axis=0)
+        qp, qm, kp, km = qp.to(dtype), qm.to(dtype), kp.to(dtype), km.to(dtype)
         A = tl.dot(qp, tl.trans(kp), input_precision=PREC)
         A = tl.dot(qm, tl.trans(km), A, input_precision=PREC)
-        A = tl.where(causal, A, 0.0).to(dtype)
-        d = tl.dot(qp, Zp.to(dtype), input_precision=PREC)
-        d = tl.dot(qm, Zm.to(dtype), d, input_precision=PREC)
-        d = tl.max(tl.dot(A, ones, d, input_precision=PREC), axis=1)
+        A = tl.where(causal, A, 0.0)
+        d = past + tl.sum(A, axis=1)
+        d = tl.where(d < eps, float("inf"), d)  # such a row attends to nothing: zero, with zero gradient
         y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
         y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
-        y = tl.dot(A, x, y, input_precision=PREC)
-        d = tl.where(d < eps, float("inf"), d)  # such a row attends to nothing: zero, with zero gradient
+        y = tl.dot(A.to(dtype), x, y, input_precision=PREC)
         store_tile(o, start, rows, ot, vcols, T, y * (1.0 / d)[:, None])
         if block == 0:
             tl.store(den + bh * T + start + rows, d, mask=start + rows < T)
-        kp, km = tl.trans(kp), tl.trans(km)
-        Sp = tl.dot(kp, x, Sp, input_precision=PREC)
-        Sm = tl.dot(km, x, Sm, input_precision=PREC)
-        Zp = tl.dot(kp, ones, Zp, input_precision=PREC)
-        Zm = tl.dot(km, ones, Zm, input_precision=PREC)
+        Sp = tl.dot(tl.trans(kp), x, Sp, input_precision=PREC)
+        Sm = tl.dot(tl.trans(km), x, Sm, input_precision=PREC)
     if STORE_S1:
         if seg == n_seg - 1:
-            store_state(s1, bh, 0, cols, vcols, DV + 1, Sp, Zp, block == 0, True)
-            store_state(s1, bh, 1, cols, vcols, DV + 1, Sm, Zm, block == 0, True)
+            store_state(s1, bh, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
+            store_state(s1, bh, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
 
 
 @triton.jit
-def states_kernel(x, y, w, bias, o, den, delta, s0, chunks, total, xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
+def states_kernel(x, y, w, bias, o, den, delta, s0, chunks, z, total, xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr,
                   BACKWARD: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
@@ -263,17 +245,16 @@ def states_kernel(x, y, w, bias, o, den, delta, s0, chunks, total, xb, xh, xt, y
         o += b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
     W, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
-    Sp, Zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0, not BACKWARD)
-    Sm, Zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0, not BACKWARD)
+    Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
+    Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
     n = chunks_of_segment(seg, SEG, T, L)
     for i in range(n):
         chunk = seg.to(tl.int64) * (SEG // L) + (n - 1 - i if BACKWARD else i)
         start = chunk * L
         if CHUNKS:
-            store_chunk_state(chunks, bh * N + chunk, 0, cols, vcols, DV, Sp, Zp, block == 0)
-            store_chunk_state(chunks, bh * N + chunk, 1, cols, vcols, DV, Sm, Zm, block == 0)
+            store_chunk_state(chunks, z, bh * N + chunk, 0, cols, vcols, DV, Sp, zp, block == 0)
+            store_chunk_state(chunks, z, bh * N + chunk, 1, cols, vcols, DV, Sm, zm, block == 0)
         _, p, m = features(x, start, rows, xt, cols, W, B, T, MAP, BIAS, dtype, PREC)
-        p, m = tl.trans(p), tl.trans(m)
         if BACKWARD:
             at = bh * T + start + rows
             dot = tl.zeros((L,), tl.float32)
@@ -284,25 +265,26 @@ def states_kernel(x, y, w, bias, o, den, delta, s0, chunks, total, xb, xh, xt, y
             if block == 0:
                 tl.store(delta + at, dot, mask=start + rows < T)
             value = load_numerator_gradient(y, den, start, rows, yt, vcols, at, T, dtype)
-            edge = two_columns(-dot / tl.load(den + at, mask=start + rows < T, other=1.0), dtype)
+            dden = -dot / tl.load(den + at, mask=start + rows < T, other=1.0)
+            zp += tl.sum(p * dden[:, None], axis=0)
+            zm += tl.sum(m * dden[:, None], axis=0)
         else:
             value = load_tile(y, start, rows, yt, vcols, T, dtype)
-            edge = tl.full((L, EDGE), 1.0, dtype)
-        Sp = tl.dot(p, value, Sp, input_precision=PREC)
-        Sm = tl.dot(m, value, Sm, input_precision=PREC)
-        Zp = tl.dot(p, edge, Zp, input_precision=PREC)
-        Zm = tl.dot(m, edge, Zm, input_precision=PREC)
+            zp += tl.sum(p, axis=0)
+            zm += tl.sum(m, axis=0)
+        Sp = tl.dot(tl.trans(p.to(dtype)), value, Sp, input_precision=PREC)
+        Sm = tl.dot(tl.trans(m.to(dtype)), value, Sm, input_precision=PREC)
     if TOTAL == "segments":
-        store_state(total, bh * n_seg + seg, 0, cols, vcols, DV + 1, Sp, Zp, block == 0, not BACKWARD)
-        store_state(total, bh * n_seg + seg, 1, cols, vcols, DV + 1, Sm, Zm, block == 0, not BACKWARD)
+        store_state(total, bh * n_seg + seg, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
+        store_state(total, bh * n_seg + seg, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
     if TOTAL == "end":
         if seg == (0 if BACKWARD else n_seg - 1):
-            store_state(total, bh, 0, cols, vcols, DV + 1, Sp, Zp, block == 0, not BACKWARD)
-            store_state(total, bh, 1, cols, vcols, DV + 1, Sm, Zm, block == 0, not BACKWARD)
+            store_state(total, bh, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
+            store_state(total, bh, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
 
 
 @triton.jit
-def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, do, den, delta, dq, dw, db,
+def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, do, den, delta, dq, dw, db,
                   qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                   BIAS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
@@ -319,11 +301,11 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, do, den, delta, dq, dw, db,
         start = chunk * L
         at, program = bh * T + start + rows, bh * N + chunk
         _, kp, km = features(k, start, rows, kt, cols, WK, BK, T, MAP, BIAS, dtype, PREC)
+        kp, km = kp.to(dtype), km.to(dtype)
         dden = load_denominator_gradient(delta, den, start, rows, at, T)
-        edge = two_columns(dden, dtype)
         dA = tl.zeros((L, L), tl.float32) + dden[:, None]
-        g_p = tl.dot(edge, tl.trans(load_chunk_edge(s, program, 0, cols, DV)), input_precision=PREC)
-        g_m = tl.dot(edge, tl.trans(load_chunk_edge(s, program, 1, cols, DV)), input_precision=PREC)
+        g_p = dden[:, None] * tl.load(z + 2 * program * HP + cols)[None, :]
+        g_m = dden[:, None] * tl.load(z + (2 * program + 1) * HP + cols)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
             x = load_tile(v, start, rows, vt, c, T, dtype)
@@ -352,7 +334,7 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, do, den, delta, dq, dw, db,
 
 
 @triton.jit
-def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, do, den, delta, dk, dv, dw, db,
+def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, do, den, delta, dk, dv, dw, db,
                    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, yb, yh, yt, H, T, SEG,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                    BIAS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
@@ -365,13 +347,13 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, do, den, delta, dk, dv, dw, db,
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
-    ones = tl.full((L, EDGE), 1.0, dtype)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
         at, program = bh * T + start + rows, bh * N + chunk
         _, qp, qm = features(q, start, rows, qt, cols, WQ, BQ, T, MAP, BIAS, dtype, PREC)
         raw, kp, km = features(k, start, rows, kt, cols, WK, BK, T, MAP, BIAS, dtype, PREC)
+        qp, qm, kp, km = qp.to(dtype), qm.to(dtype), kp.to(dtype), km.to(dtype)
         A = tl.dot(kp, tl.trans(qp), input_precision=PREC)
         A = tl.dot(km, tl.trans(qm), A, input_precision=PREC)
         A = tl.where(causal, A, 0.0).to(dtype)
@@ -386,10 +368,10 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, do, den, delta, dk, dv, dw, db,
             x = load_tile(v, start, rows, vt, c, T, dtype)
             dA = tl.dot(x, tl.trans(dnum), dA, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
-        g_p = feature_gradient(dA, qp, v, start, rows, vt, T, ones, r, program, 0, cols, DV, BV, dtype, PREC)
+        g_p = feature_gradient(dA, qp, v, start, rows, vt, T, r, z, program, 0, cols, DV, BV, dtype, PREC)
         if MAP:
             du = half_gradient(kp, g_p)
-            g_m = feature_gradient(dA, qm, v, start, rows, vt, T, ones, r, program, 1, cols, DV, BV, dtype, PREC)
+            g_m = feature_gradient(dA, qm, v, start, rows, vt, T, r, z, program, 1, cols, DV, BV, dtype, PREC)
             du -= half_gradient(km, g_m)
             if BIAS:
                 dB += tl.sum(du, axis=0)
@@ -397,7 +379,7 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, do, den, delta, dk, dv, dw, db,
             store_tile(dk, start, rows, xt, cols, T, tl.dot(du, tl.trans(WK), input_precision=PREC))
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
-            g_m = feature_gradient(dA, qm, v, start, rows, vt, T, ones, r, program, 1, cols, DV, BV, dtype, PREC)
+            g_m = feature_gradient(dA, qm, v, start, rows, vt, T, r, z, program, 1, cols, DV, BV, dtype, PREC)
             store_tile(dk, start, rows, xt, cols, T, g_p)
             store_tile(dk + HP, start, rows, xt, cols, T, g_m)
     if MAP:
@@ -448,23 +430,23 @@ def walk(x, y, w, b, o, den, delta, first, total, opt, backward, chunks):
     grid = (n_seg, B * H, n_blocks)
     other = o if backward else y
 
-    def launch(s0, chunks, total, which):
-        states_kernel[grid](x, y, w, b, o, den, delta, s0, chunks, total, *x.stride()[:3], *y.stride()[:3],
+    def launch(s0, chunks, z, total, which):
+        states_kernel[grid](x, y, w, b, o, den, delta, s0, chunks, z, total, *x.stride()[:3], *y.stride()[:3],
                             *other.stride()[:3], H, T, seg, HAS_S0=s0 is not None, CHUNKS=chunks is not None,
                             TOTAL=which, BACKWARD=backward, **opt)
 
     s0 = None if first is None else first.flatten(0, 1).unsqueeze(1)
     if n_seg > 1:
         sums = x.new_empty(B * H, n_seg, 2 * opt["HP"], DV + 1, dtype=torch.float32)
-        launch(None, None, sums, "segments")
+        launch(None, None, None, sums, "segments")
         first = None if first is None else first.flatten(0, 1)
         s0 = prefix(sums.flip(1), first).flip(1) if backward else prefix(sums, first)
     s0 = None if s0 is None else s0.contiguous()
     if chunks:
-        states = x.new_empty(B * H, -(-T // L), 2 * opt["HP"], DV + EDGE.value,
-                             dtype=torch.bfloat16 if opt["dtype"] is tl.bfloat16 else torch.float32)
-        launch(s0, states, total, "" if total is None else "end")
-        return states
+        shape, dtype = (B * H, -(-T // L), 2 * opt["HP"]), x.dtype if opt["dtype"] is tl.bfloat16 else torch.float32
+        states, z = x.new_empty(*shape, DV, dtype=dtype), x.new_empty(shape, dtype=torch.float32)
+        launch(s0, states, z, total, "" if total is None else "end")
+        return states, z
     return s0, seg, grid
 
 
@@ -517,11 +499,11 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
     delta = torch.empty_like(den)
     dstate = torch.empty_like(state) if state is not None else None
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    r = walk(q, do, wq, bq, o, den, delta, ds1, dstate, opt, backward=True, chunks=True)
-    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, do, den, delta, dk, dv, dwk, dbk, *strides, *dk.stride()[:3],
+    r, z = walk(q, do, wq, bq, o, den, delta, ds1, dstate, opt, backward=True, chunks=True)
+    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, z, do, den, delta, dk, dv, dwk, dbk, *strides, *dk.stride()[:3],
                          *dv.stride()[:3], H, T, seg, **opt)
-    s = walk(k, v, wk, bk, None, None, None, state, None, opt, backward=False, chunks=True)
-    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, do, den, delta, dq, dwq, dbq, *strides, *dq.stride()[:3], H, T, seg,
+    s, z = walk(k, v, wk, bk, None, None, None, state, None, opt, backward=False, chunks=True)
+    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, z, do, den, delta, dq, dwq, dbq, *strides, *dq.stride()[:3], H, T, seg,
                         **opt)
     empty = lambda: q.new_empty(0, dtype=float32)  # noqa: E731
     sums = [empty() if x is None else x.sum(dim=(0, 2)).to(w.dtype)
