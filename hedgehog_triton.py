@@ -37,7 +37,8 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNKS_PER_PROGRAM = 8   # of the gradient kernels
+CHUNKS_PER_PROGRAM = 8           # of the gradient kernels
+PROGRAMS_PER_MULTIPROCESSOR = 2  # of the walking kernels: what their registers allow
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -65,7 +66,7 @@ def chunks_of_segment(seg, SEG, T, L: tl.constexpr):
 
 @triton.jit
 def load_map(w, b, h, cols, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.constexpr):
-    """W (P/2, P/2) and b (P/2) of head h; anything where there is no map."""
+    """W (P/2, P/2), -W and b (P/2) of head h; anything where there is no map."""
     HP: tl.constexpr = cols.shape[0]
     W = tl.zeros((HP, HP), dtype)
     bias = tl.zeros((HP,), tl.float32)
@@ -73,32 +74,29 @@ def load_map(w, b, h, cols, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.con
         W = tl.load(w + h * HP * HP + cols[:, None] * HP + cols[None, :]).to(dtype)
     if BIAS:
         bias = tl.load(b + h * HP + cols).to(tl.float32)
-    return W, bias
+    return W, -W, bias
 
 
 @triton.jit
-def exponentials(x, w, b, BIAS: tl.constexpr, PREC: tl.constexpr):
-    """exp(u) and exp(-u) of u = x w + b, each scaled by its row's maximum, float32."""
-    u = tl.dot(x, w, input_precision=PREC)
+def softmax_of(raw, w, b, scale, BIAS: tl.constexpr, PREC: tl.constexpr):
+    """scale softmax(x w + b) over features, float32. With -w and -b it is the other half: the product is made twice, which
+    costs the tensor cores little and spares the registers that would keep it."""
+    u = tl.dot(raw, w, input_precision=PREC)
     if BIAS:
         u += b[None, :]
-    largest, least = tl.max(u, axis=1) * LOG2E, tl.min(u, axis=1) * LOG2E
-    return tl.exp2(u * LOG2E - largest[:, None]), tl.exp2(least[:, None] - u * LOG2E)
+    p = tl.exp2(u * LOG2E - (tl.max(u, axis=1) * LOG2E)[:, None])
+    return p * (scale / tl.sum(p, axis=1))[:, None]
 
 
 @triton.jit
-def features(x, start, rows, stride, cols, w, b, T, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.constexpr,
+def features(x, raw, start, rows, stride, cols, half, w, b, T, scale, MAP: tl.constexpr, BIAS: tl.constexpr,
              PREC: tl.constexpr):
-    """(raw tile, the two halves of phi in float32). Rows >= T are zero. Without MAP, x holds the halves, side by side."""
-    raw = load_tile(x, start, rows, stride, cols, T, dtype)
+    """One half of phi in float32. `scale` is 0 in rows that are not there. Without MAP, x holds the halves side by side."""
     if MAP:
-        p, m = exponentials(raw, w, b, BIAS, PREC)
-        inside = (start + rows < T).to(tl.float32)
-        p *= (inside / tl.sum(p, axis=1))[:, None]
-        m *= (inside / tl.sum(m, axis=1))[:, None]
+        p = softmax_of(raw, w, b, scale, BIAS, PREC)
     else:
-        p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, T, tl.float32)
-    return raw, p, m
+        p = load_tile(x + half * cols.shape[0], start, rows, stride, cols, T, tl.float32)
+    return p
 
 
 @triton.jit
@@ -106,19 +104,6 @@ def half_gradient(p, g):
     """d loss / d u of p = softmax(u), of which g is the gradient."""
     p = p.to(tl.float32)
     return p * (g - tl.sum(p * g, axis=1)[:, None])
-
-
-@triton.jit
-def load_numerator_gradient(do, den, start, rows, stride, cols, at, T, dtype: tl.constexpr):
-    """dnum = do / den."""
-    r = 1.0 / tl.load(den + at, mask=start + rows < T, other=1.0)  # den is inf where it was below eps
-    return (load_tile(do, start, rows, stride, cols, T, tl.float32) * r[:, None]).to(dtype)
-
-
-@triton.jit
-def load_denominator_gradient(delta, den, start, rows, at, T):
-    """dden = -<do, o> / den."""
-    return -tl.load(delta + at, mask=start + rows < T, other=0.0) / tl.load(den + at, mask=start + rows < T, other=1.0)
 
 
 # States: (P, DV + 1) in float32 from and to PyTorch, the last column the denominator's.
@@ -160,15 +145,14 @@ def load_chunk_state(c, program, half, rows, cols, DV: tl.constexpr):
 
 
 @triton.jit
-def feature_gradient(dA, other, y, start, rows, stride, T, states, z, program, half, cols, DV: tl.constexpr,
+def feature_gradient(g, dA, other, y, start, rows, stride, T, states, program, half, cols, DV: tl.constexpr,
                      BV: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
-    """One half of dphi_k: dA^T phi_q + v R^T + r, the first from within the chunk, the others from the later ones."""
-    g = tl.zeros(other.shape, tl.float32) + tl.load(z + (2 * program + half) * cols.shape[0] + cols)[None, :]
+    """One half of dphi: g + dA other + y states^T, y being dnum for queries and v for keys."""
     g = tl.dot(dA, other, g, input_precision=PREC)
     for j in tl.static_range(DV // BV):
         c = j * BV + tl.arange(0, BV)
-        state = load_chunk_state(states, program, half, cols, c, DV)
-        g = tl.dot(load_tile(y, start, rows, stride, c, T, dtype), tl.trans(state), g, input_precision=PREC)
+        values = load_tile(y, start, rows, stride, c, T, dtype)
+        g = tl.dot(values, tl.trans(load_chunk_state(states, program, half, cols, c, DV)), g, input_precision=PREC)
     return g
 
 
@@ -196,25 +180,34 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
     q, k, v, o = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, o + b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
     causal = rows[:, None] >= rows[None, :]
-    WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
-    WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
+    WQ, WQ_, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
+    WK, WK_, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
     Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
-        _, kp, km = features(k, start, rows, kt, cols, WK, BK, T, MAP, BIAS, dtype, PREC)
-        _, qp, qm = features(q, start, rows, qt, cols, WQ, BQ, T, MAP, BIAS, dtype, PREC)
-        x = load_tile(v, start, rows, vt, vcols, T, dtype)
-        past = tl.sum(qp * zp[None, :], axis=1) + tl.sum(qm * zm[None, :], axis=1)
+        raw = load_tile(q, start, rows, qt, cols, T, dtype)
+        qp = features(q, raw, start, rows, qt, cols, 0, WQ, BQ, T, 1.0, MAP, BIAS, PREC)
+        d = tl.sum(qp * zp[None, :], axis=1)
+        qp = qp.to(dtype)
+        qm = features(q, raw, start, rows, qt, cols, 1, WQ_, -BQ, T, 1.0, MAP, BIAS, PREC)
+        d += tl.sum(qm * zm[None, :], axis=1)
+        qm = qm.to(dtype)
+        inside = (start + rows < T).to(tl.float32)
+        raw = load_tile(k, start, rows, kt, cols, T, dtype)
+        kp = features(k, raw, start, rows, kt, cols, 0, WK, BK, T, inside, MAP, BIAS, PREC)
         zp += tl.sum(kp, axis=0)
+        kp = kp.to(dtype)
+        km = features(k, raw, start, rows, kt, cols, 1, WK_, -BK, T, inside, MAP, BIAS, PREC)
         zm += tl.sum(km, axis=0)
-        qp, qm, kp, km = qp.to(dtype), qm.to(dtype), kp.to(dtype), km.to(dtype)
+        km = km.to(dtype)
         A = tl.dot(qp, tl.trans(kp), input_precision=PREC)
         A = tl.dot(qm, tl.trans(km), A, input_precision=PREC)
         A = tl.where(causal, A, 0.0)
-        d = past + tl.sum(A, axis=1)
+        d += tl.sum(A, axis=1)
         d = tl.where(d < eps, float("inf"), d)  # such a row attends to nothing: zero, with zero gradient
+        x = load_tile(v, start, rows, vt, vcols, T, dtype)
         y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
         y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
         y = tl.dot(A.to(dtype), x, y, input_precision=PREC)
@@ -230,7 +223,7 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
 
 
 @triton.jit
-def states_kernel(x, y, w, bias, o, den, delta, s0, chunks, z, total, xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
+def states_kernel(x, y, w, bias, o, den, dnum, dden, s0, chunks, z, total, xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr,
                   BACKWARD: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
@@ -244,7 +237,7 @@ def states_kernel(x, y, w, bias, o, den, delta, s0, chunks, z, total, xb, xh, xt
     if BACKWARD:
         o += b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
-    W, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
+    W, W_, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
     Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
     Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
     n = chunks_of_segment(seg, SEG, T, L)
@@ -254,7 +247,6 @@ def states_kernel(x, y, w, bias, o, den, delta, s0, chunks, z, total, xb, xh, xt
         if CHUNKS:
             store_chunk_state(chunks, z, bh * N + chunk, 0, cols, vcols, DV, Sp, zp, block == 0)
             store_chunk_state(chunks, z, bh * N + chunk, 1, cols, vcols, DV, Sm, zm, block == 0)
-        _, p, m = features(x, start, rows, xt, cols, W, B, T, MAP, BIAS, dtype, PREC)
         if BACKWARD:
             at = bh * T + start + rows
             dot = tl.zeros((L,), tl.float32)
@@ -262,18 +254,24 @@ def states_kernel(x, y, w, bias, o, den, delta, s0, chunks, z, total, xb, xh, xt
                 c = j * BV + tl.arange(0, BV)
                 dot += tl.sum(load_tile(o, start, rows, ot, c, T, tl.float32)
                               * load_tile(y, start, rows, yt, c, T, tl.float32), axis=1)
-            if block == 0:
-                tl.store(delta + at, dot, mask=start + rows < T)
-            value = load_numerator_gradient(y, den, start, rows, yt, vcols, at, T, dtype)
-            dden = -dot / tl.load(den + at, mask=start + rows < T, other=1.0)
-            zp += tl.sum(p * dden[:, None], axis=0)
-            zm += tl.sum(m * dden[:, None], axis=0)
+            r = 1.0 / tl.load(den + at, mask=start + rows < T, other=1.0)  # den is inf where it was below eps: no gradient
+            one = -dot * r
+            value = (load_tile(y, start, rows, yt, vcols, T, tl.float32) * r[:, None]).to(dtype)
+            if CHUNKS:
+                store_tile(dnum + bh * T * DV, start, rows, DV, vcols, T, value)
+                if block == 0:
+                    tl.store(dden + at, one, mask=start + rows < T)
         else:
             value = load_tile(y, start, rows, yt, vcols, T, dtype)
-            zp += tl.sum(p, axis=0)
-            zm += tl.sum(m, axis=0)
+            one = tl.full((L,), 1.0, tl.float32)
+        inside = (start + rows < T).to(tl.float32)
+        raw = load_tile(x, start, rows, xt, cols, T, dtype)
+        p = features(x, raw, start, rows, xt, cols, 0, W, B, T, inside, MAP, BIAS, PREC)
+        zp += tl.sum(p * one[:, None], axis=0)
         Sp = tl.dot(tl.trans(p.to(dtype)), value, Sp, input_precision=PREC)
-        Sm = tl.dot(tl.trans(m.to(dtype)), value, Sm, input_precision=PREC)
+        p = features(x, raw, start, rows, xt, cols, 1, W_, -B, T, inside, MAP, BIAS, PREC)
+        zm += tl.sum(p * one[:, None], axis=0)
+        Sm = tl.dot(tl.trans(p.to(dtype)), value, Sm, input_precision=PREC)
     if TOTAL == "segments":
         store_state(total, bh * n_seg + seg, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
         store_state(total, bh * n_seg + seg, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
@@ -284,104 +282,126 @@ def states_kernel(x, y, w, bias, o, den, delta, s0, chunks, z, total, xb, xh, xt
 
 
 @triton.jit
-def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, do, den, delta, dq, dw, db,
-                  qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, H, T, SEG,
+def prefix_kernel(sums, first, n_seg, size, HAS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """(B H, n_seg, size) sums of the segments -> in their place the sum before each, beginning with `first` or zero."""
+    bh, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if HAS:
+        total += tl.load(first + bh * size + at, mask=at < size, other=0.0)
+    for i in range(n_seg):
+        here = sums + (bh * n_seg + (n_seg - 1 - i if BACKWARD else i)) * size + at
+        own = tl.load(here, mask=at < size, other=0.0)
+        tl.store(here, total, mask=at < size)
+        total += own
+
+
+@triton.jit
+def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dw, db,
+                  qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                   BIAS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
     seg, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
-    q, k, v, do, dq = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, do + b * gb + h * gh, dq + b * xb + h * xh
+    q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
+    dnum, dden, dq = dnum + bh * T * DV, dden + bh * T, dq + b * xb + h * xh
     cols, rows = tl.arange(0, HP), tl.arange(0, L)
     causal = rows[:, None] >= rows[None, :]
-    WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
-    WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
+    WQ, WQ_, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
+    WK, WK_, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
-        at, program = bh * T + start + rows, bh * N + chunk
-        _, kp, km = features(k, start, rows, kt, cols, WK, BK, T, MAP, BIAS, dtype, PREC)
-        kp, km = kp.to(dtype), km.to(dtype)
-        dden = load_denominator_gradient(delta, den, start, rows, at, T)
-        dA = tl.zeros((L, L), tl.float32) + dden[:, None]
-        g_p = dden[:, None] * tl.load(z + 2 * program * HP + cols)[None, :]
-        g_m = dden[:, None] * tl.load(z + (2 * program + 1) * HP + cols)[None, :]
+        program = bh * N + chunk
+        inside = (start + rows < T).to(tl.float32)
+        raw = load_tile(k, start, rows, kt, cols, T, dtype)
+        kp = features(k, raw, start, rows, kt, cols, 0, WK, BK, T, inside, MAP, BIAS, PREC).to(dtype)
+        km = features(k, raw, start, rows, kt, cols, 1, WK_, -BK, T, inside, MAP, BIAS, PREC).to(dtype)
+        dd = tl.load(dden + start + rows, mask=start + rows < T, other=0.0)
+        dA = tl.zeros((L, L), tl.float32) + dd[:, None]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
-            x = load_tile(v, start, rows, vt, c, T, dtype)
-            dnum = load_numerator_gradient(do, den, start, rows, gt, c, at, T, dtype)
-            dA = tl.dot(dnum, tl.trans(x), dA, input_precision=PREC)
-            g_p = tl.dot(dnum, tl.trans(load_chunk_state(s, program, 0, cols, c, DV)), g_p, input_precision=PREC)
-            g_m = tl.dot(dnum, tl.trans(load_chunk_state(s, program, 1, cols, c, DV)), g_m, input_precision=PREC)
+            dy = load_tile(dnum, start, rows, DV, c, T, dtype)
+            dA = tl.dot(dy, tl.trans(load_tile(v, start, rows, vt, c, T, dtype)), dA, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
-        g_p = tl.dot(dA, kp, g_p, input_precision=PREC)
-        g_m = tl.dot(dA, km, g_m, input_precision=PREC)
+        raw = load_tile(q, start, rows, qt, cols, T, dtype)
+        g = dd[:, None] * tl.load(z + 2 * program * HP + cols)[None, :]
+        g = feature_gradient(g, dA, kp, dnum, start, rows, DV, T, s, program, 0, cols, DV, BV, dtype, PREC)
         if MAP:
-            raw = load_tile(q, start, rows, qt, cols, T, dtype)
-            p, m = exponentials(raw, WQ, BQ, BIAS, PREC)
-            du = half_gradient(p * (1.0 / tl.sum(p, axis=1))[:, None], g_p)
-            du -= half_gradient(m * (1.0 / tl.sum(m, axis=1))[:, None], g_m)
+            du = half_gradient(softmax_of(raw, WQ, BQ, 1.0, BIAS, PREC), g)
+        else:
+            store_tile(dq, start, rows, xt, cols, T, g)
+        g = dd[:, None] * tl.load(z + (2 * program + 1) * HP + cols)[None, :]
+        g = feature_gradient(g, dA, km, dnum, start, rows, DV, T, s, program, 1, cols, DV, BV, dtype, PREC)
+        if MAP:
+            du -= half_gradient(softmax_of(raw, WQ_, -BQ, 1.0, BIAS, PREC), g)
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
             store_tile(dq, start, rows, xt, cols, T, tl.dot(du, tl.trans(WQ), input_precision=PREC))
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
-            store_tile(dq, start, rows, xt, cols, T, g_p)
-            store_tile(dq + HP, start, rows, xt, cols, T, g_m)
+            store_tile(dq + HP, start, rows, xt, cols, T, g)
     if MAP:
         store_weight_gradient(dw, db, bh * tl.num_programs(0) + seg, cols, dW, dB, BIAS)
 
 
 @triton.jit
-def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, do, den, delta, dk, dv, dw, db,
-                   qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, yb, yh, yt, H, T, SEG,
+def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dw, db,
+                   qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, yb, yh, yt, H, T, SEG,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                    BIAS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
     seg, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
-    q, k, v, do = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, do + b * gb + h * gh
-    dk, dv = dk + b * xb + h * xh, dv + b * yb + h * yh
+    q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
+    dnum, dden, dk, dv = dnum + bh * T * DV, dden + bh * T, dk + b * xb + h * xh, dv + b * yb + h * yh
     cols, rows = tl.arange(0, HP), tl.arange(0, L)
     causal = rows[:, None] <= rows[None, :]                       # (keys, queries): everything here is transposed
-    WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
-    WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
+    WQ, WQ_, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
+    WK, WK_, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
-        at, program = bh * T + start + rows, bh * N + chunk
-        _, qp, qm = features(q, start, rows, qt, cols, WQ, BQ, T, MAP, BIAS, dtype, PREC)
-        raw, kp, km = features(k, start, rows, kt, cols, WK, BK, T, MAP, BIAS, dtype, PREC)
-        qp, qm, kp, km = qp.to(dtype), qm.to(dtype), kp.to(dtype), km.to(dtype)
+        program = bh * N + chunk
+        raw = load_tile(q, start, rows, qt, cols, T, dtype)
+        qp = features(q, raw, start, rows, qt, cols, 0, WQ, BQ, T, 1.0, MAP, BIAS, PREC).to(dtype)
+        qm = features(q, raw, start, rows, qt, cols, 1, WQ_, -BQ, T, 1.0, MAP, BIAS, PREC).to(dtype)
+        inside = (start + rows < T).to(tl.float32)
+        raw = load_tile(k, start, rows, kt, cols, T, dtype)
+        kp = features(k, raw, start, rows, kt, cols, 0, WK, BK, T, inside, MAP, BIAS, PREC).to(dtype)
+        km = features(k, raw, start, rows, kt, cols, 1, WK_, -BK, T, inside, MAP, BIAS, PREC).to(dtype)
         A = tl.dot(kp, tl.trans(qp), input_precision=PREC)
         A = tl.dot(km, tl.trans(qm), A, input_precision=PREC)
         A = tl.where(causal, A, 0.0).to(dtype)
-        dA = tl.zeros((L, L), tl.float32) + load_denominator_gradient(delta, den, start, rows, at, T)[None, :]
+        dA = tl.zeros((L, L), tl.float32) + tl.load(dden + start + rows, mask=start + rows < T, other=0.0)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
-            dnum = load_numerator_gradient(do, den, start, rows, gt, c, at, T, dtype)
-            y = tl.dot(A, dnum, input_precision=PREC)
+            dy = load_tile(dnum, start, rows, DV, c, T, dtype)
+            y = tl.dot(A, dy, input_precision=PREC)
             y = tl.dot(kp, load_chunk_state(r, program, 0, cols, c, DV), y, input_precision=PREC)
             y = tl.dot(km, load_chunk_state(r, program, 1, cols, c, DV), y, input_precision=PREC)
             store_tile(dv, start, rows, yt, c, T, y)
             x = load_tile(v, start, rows, vt, c, T, dtype)
-            dA = tl.dot(x, tl.trans(dnum), dA, input_precision=PREC)
+            dA = tl.dot(x, tl.trans(dy), dA, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
-        g_p = feature_gradient(dA, qp, v, start, rows, vt, T, r, z, program, 0, cols, DV, BV, dtype, PREC)
+        g = tl.zeros((L, HP), tl.float32) + tl.load(z + 2 * program * HP + cols)[None, :]
+        g = feature_gradient(g, dA, qp, v, start, rows, vt, T, r, program, 0, cols, DV, BV, dtype, PREC)
         if MAP:
-            du = half_gradient(kp, g_p)
-            g_m = feature_gradient(dA, qm, v, start, rows, vt, T, r, z, program, 1, cols, DV, BV, dtype, PREC)
-            du -= half_gradient(km, g_m)
+            du = half_gradient(kp, g)
+        else:
+            store_tile(dk, start, rows, xt, cols, T, g)
+        g = tl.zeros((L, HP), tl.float32) + tl.load(z + (2 * program + 1) * HP + cols)[None, :]
+        g = feature_gradient(g, dA, qm, v, start, rows, vt, T, r, program, 1, cols, DV, BV, dtype, PREC)
+        if MAP:
+            du -= half_gradient(km, g)
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
             store_tile(dk, start, rows, xt, cols, T, tl.dot(du, tl.trans(WK), input_precision=PREC))
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
-            g_m = feature_gradient(dA, qm, v, start, rows, vt, T, r, z, program, 1, cols, DV, BV, dtype, PREC)
-            store_tile(dk, start, rows, xt, cols, T, g_p)
-            store_tile(dk + HP, start, rows, xt, cols, T, g_m)
+            store_tile(dk + HP, start, rows, xt, cols, T, g)
     if MAP:
         store_weight_gradient(dw, db, bh * tl.num_programs(0) + seg, cols, dW, dB, BIAS)
 
@@ -393,7 +413,7 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, do, den, delta, dk, dv, dw, db
 def segment_length(B, H, T, n_blocks, L, device):
     """Tokens a program walks along: the whole sequence if B H programs fill the GPU, else as many chunks as fill it."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    segments = max(1, 3 * multiprocessors // (B * H * n_blocks))
+    segments = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (B * H * n_blocks))
     chunks = -(-T // L)
     return L * max(-(-chunks // segments), min(chunks, 4))
 
@@ -406,7 +426,7 @@ def options(q, v, has_map, bias):
                         torch.float32: (tl.float32, "tf32x3")}[v.dtype]
     L = 64 if v.dtype == torch.bfloat16 else 32 if HP <= 64 else 16  # what fits into shared memory
     return dict(HP=HP, DV=DV, BV=min(DV, 64), L=L, MAP=has_map, BIAS=bias, dtype=dtype, PREC=precision,
-                num_warps=4 if HP <= 64 else 8, num_stages=1)
+                num_warps=4 if HP <= 64 else 8)
 
 
 def like_projection(B, H, T, D, like):
@@ -414,13 +434,7 @@ def like_projection(B, H, T, D, like):
     return like.new_empty(B, T, H, D).transpose(1, 2)
 
 
-def prefix(sums, first):
-    """(B H, N, P, D+1) sums of the segments -> the state before each, beginning with `first` (B H, P, D+1) or zero."""
-    first = torch.zeros_like(sums[:, :1]) if first is None else first.unsqueeze(1)
-    return torch.cat((first, sums[:, :-1]), dim=1).cumsum(dim=1)
-
-
-def walk(x, y, w, b, o, den, delta, first, total, opt, backward, chunks):
+def walk(x, y, w, b, o, den, dnum, dden, first, total, opt, backward, chunks):
     """`states_kernel` along all of T, in segments that begin where the one before ends. Returns what `starts` did."""
     B, H, T, _ = x.shape
     L, DV = opt["L"], opt["DV"]
@@ -431,17 +445,17 @@ def walk(x, y, w, b, o, den, delta, first, total, opt, backward, chunks):
     other = o if backward else y
 
     def launch(s0, chunks, z, total, which):
-        states_kernel[grid](x, y, w, b, o, den, delta, s0, chunks, z, total, *x.stride()[:3], *y.stride()[:3],
+        states_kernel[grid](x, y, w, b, o, den, dnum, dden, s0, chunks, z, total, *x.stride()[:3], *y.stride()[:3],
                             *other.stride()[:3], H, T, seg, HAS_S0=s0 is not None, CHUNKS=chunks is not None,
-                            TOTAL=which, BACKWARD=backward, **opt)
+                            TOTAL=which, BACKWARD=backward, num_stages=1, **opt)
 
-    s0 = None if first is None else first.flatten(0, 1).unsqueeze(1)
+    s0 = None if first is None else first.contiguous()
     if n_seg > 1:
-        sums = x.new_empty(B * H, n_seg, 2 * opt["HP"], DV + 1, dtype=torch.float32)
+        sums = x.new_empty(B * H, n_seg, 2 * opt["HP"] * (DV + 1), dtype=torch.float32)
         launch(None, None, None, sums, "segments")
-        first = None if first is None else first.flatten(0, 1)
-        s0 = prefix(sums.flip(1), first).flip(1) if backward else prefix(sums, first)
-    s0 = None if s0 is None else s0.contiguous()
+        prefix_kernel[(B * H, triton.cdiv(sums.shape[-1], 1024))](
+            sums, s0, n_seg, sums.shape[-1], HAS=s0 is not None, BACKWARD=backward, BLOCK=1024)
+        s0 = sums
     if chunks:
         shape, dtype = (B * H, -(-T // L), 2 * opt["HP"]), x.dtype if opt["dtype"] is tl.bfloat16 else torch.float32
         states, z = x.new_empty(*shape, DV, dtype=dtype), x.new_empty(shape, dtype=torch.float32)
@@ -458,9 +472,9 @@ def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Te
     B, H, T, _ = q.shape
     opt = options(q, v, wq is not None, bq is not None)
     o, den, s1 = attention_outputs(q, v, wq, return_state)
-    s0, seg, grid = walk(k, v, wk, bk, None, None, None, state, None, opt, backward=False, chunks=False)
+    s0, seg, grid = walk(k, v, wk, bk, None, None, None, None, state, None, opt, backward=False, chunks=False)
     forward_kernel[grid](q, k, v, wq, wk, bq, bk, s0, o, den, s1, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                         *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state, **opt)
+                         *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state, num_stages=2 if opt["L"] * opt["HP"] <= 4096 else 1, **opt)
     return o, den, s1
 
 
@@ -496,15 +510,16 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
 
     (dwq, dbq), (dwk, dbk) = parts(wq, bq), parts(wk, bk)
     dq, dk, dv = like_projection(B, H, T, D, q), like_projection(B, H, T, D, k), like_projection(B, H, T, v.shape[-1], v)
-    delta = torch.empty_like(den)
+    dnum = q.new_empty(B, H, T, v.shape[-1], dtype=v.dtype if opt["dtype"] is tl.bfloat16 else float32)
+    dden = torch.empty_like(den)
     dstate = torch.empty_like(state) if state is not None else None
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    r, z = walk(q, do, wq, bq, o, den, delta, ds1, dstate, opt, backward=True, chunks=True)
-    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, z, do, den, delta, dk, dv, dwk, dbk, *strides, *dk.stride()[:3],
-                         *dv.stride()[:3], H, T, seg, **opt)
-    s, z = walk(k, v, wk, bk, None, None, None, state, None, opt, backward=False, chunks=True)
-    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, z, do, den, delta, dq, dwq, dbq, *strides, *dq.stride()[:3], H, T, seg,
-                        **opt)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    r, z = walk(q, do, wq, bq, o, den, dnum, dden, ds1, dstate, opt, backward=True, chunks=True)
+    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dwk, dbk, *strides, *dk.stride()[:3],
+                         *dv.stride()[:3], H, T, seg, num_stages=1, **opt)
+    s, z = walk(k, v, wk, bk, None, None, None, None, state, None, opt, backward=False, chunks=True)
+    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dwq, dbq, *strides, *dq.stride()[:3], H, T, seg,
+                        num_stages=1, **opt)
     empty = lambda: q.new_empty(0, dtype=float32)  # noqa: E731
     sums = [empty() if x is None else x.sum(dim=(0, 2)).to(w.dtype)
             for x, w in ((dwq, wq), (dwk, wk), (dbq, bq), (dbk, bk))]
