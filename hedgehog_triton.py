@@ -66,7 +66,7 @@ def chunks_of_segment(seg, SEG, T, L: tl.constexpr):
 
 @triton.jit
 def load_map(w, b, h, cols, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.constexpr):
-    """W (P/2, P/2), -W and b (P/2) of head h; anything where there is no map."""
+    """W (P/2, P/2) and b (P/2) of head h; anything where there is no map."""
     HP: tl.constexpr = cols.shape[0]
     W = tl.zeros((HP, HP), dtype)
     bias = tl.zeros((HP,), tl.float32)
@@ -74,29 +74,29 @@ def load_map(w, b, h, cols, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.con
         W = tl.load(w + h * HP * HP + cols[:, None] * HP + cols[None, :]).to(dtype)
     if BIAS:
         bias = tl.load(b + h * HP + cols).to(tl.float32)
-    return W, -W, bias
+    return W, bias
 
 
 @triton.jit
-def softmax_of(raw, w, b, scale, BIAS: tl.constexpr, PREC: tl.constexpr):
-    """scale softmax(x w + b) over features, float32. With -w and -b it is the other half: the product is made twice, which
-    costs the tensor cores little and spares the registers that would keep it."""
+def softmaxes(raw, w, b, scale, BIAS: tl.constexpr, PREC: tl.constexpr):
+    """scale softmax(u) and scale softmax(-u) over features, u = x w + b, float32."""
     u = tl.dot(raw, w, input_precision=PREC)
     if BIAS:
         u += b[None, :]
     p = tl.exp2(u * LOG2E - (tl.max(u, axis=1) * LOG2E)[:, None])
-    return p * (scale / tl.sum(p, axis=1))[:, None]
+    m = tl.exp2((tl.min(u, axis=1) * LOG2E)[:, None] - u * LOG2E)
+    return p * (scale / tl.sum(p, axis=1))[:, None], m * (scale / tl.sum(m, axis=1))[:, None]
 
 
 @triton.jit
-def features(x, raw, start, rows, stride, cols, half, w, b, T, scale, MAP: tl.constexpr, BIAS: tl.constexpr,
-             PREC: tl.constexpr):
-    """One half of phi in float32. `scale` is 0 in rows that are not there. Without MAP, x holds the halves side by side."""
+def features(raw, x, start, rows, stride, cols, w, b, T, scale, MAP: tl.constexpr, BIAS: tl.constexpr, PREC: tl.constexpr):
+    """The halves of phi in float32. `scale` is 0 in rows that are not there. Without MAP, raw is the first half, and the
+    second lies beside it in x."""
     if MAP:
-        p = softmax_of(raw, w, b, scale, BIAS, PREC)
+        p, m = softmaxes(raw, w, b, scale, BIAS, PREC)
     else:
-        p = load_tile(x + half * cols.shape[0], start, rows, stride, cols, T, tl.float32)
-    return p
+        p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, T, tl.float32)
+    return p, m
 
 
 @triton.jit
@@ -180,34 +180,28 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
     q, k, v, o = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, o + b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
     causal = rows[:, None] >= rows[None, :]
-    WQ, WQ_, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
-    WK, WK_, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
+    WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
+    WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
     Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
-        raw = load_tile(q, start, rows, qt, cols, T, dtype)
-        qp = features(q, raw, start, rows, qt, cols, 0, WQ, BQ, T, 1.0, MAP, BIAS, PREC)
-        d = tl.sum(qp * zp[None, :], axis=1)
-        qp = qp.to(dtype)
-        qm = features(q, raw, start, rows, qt, cols, 1, WQ_, -BQ, T, 1.0, MAP, BIAS, PREC)
-        d += tl.sum(qm * zm[None, :], axis=1)
-        qm = qm.to(dtype)
+        rawk = load_tile(k, start, rows, kt, cols, T, dtype)
+        rawq = load_tile(q, start, rows, qt, cols, T, dtype)
         inside = (start + rows < T).to(tl.float32)
-        raw = load_tile(k, start, rows, kt, cols, T, dtype)
-        kp = features(k, raw, start, rows, kt, cols, 0, WK, BK, T, inside, MAP, BIAS, PREC)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, T, 1.0, MAP, BIAS, PREC)
+        x = load_tile(v, start, rows, vt, vcols, T, dtype)
+        d = tl.sum(qp * zp[None, :], axis=1) + tl.sum(qm * zm[None, :], axis=1)
         zp += tl.sum(kp, axis=0)
-        kp = kp.to(dtype)
-        km = features(k, raw, start, rows, kt, cols, 1, WK_, -BK, T, inside, MAP, BIAS, PREC)
         zm += tl.sum(km, axis=0)
-        km = km.to(dtype)
+        qp, qm, kp, km = qp.to(dtype), qm.to(dtype), kp.to(dtype), km.to(dtype)
         A = tl.dot(qp, tl.trans(kp), input_precision=PREC)
         A = tl.dot(qm, tl.trans(km), A, input_precision=PREC)
         A = tl.where(causal, A, 0.0)
         d += tl.sum(A, axis=1)
         d = tl.where(d < eps, float("inf"), d)  # such a row attends to nothing: zero, with zero gradient
-        x = load_tile(v, start, rows, vt, vcols, T, dtype)
         y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
         y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
         y = tl.dot(A.to(dtype), x, y, input_precision=PREC)
@@ -237,7 +231,7 @@ def states_kernel(x, y, w, bias, o, den, dnum, dden, s0, chunks, z, total, xb, x
     if BACKWARD:
         o += b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
-    W, W_, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
+    W, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
     Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
     Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
     n = chunks_of_segment(seg, SEG, T, L)
@@ -247,31 +241,31 @@ def states_kernel(x, y, w, bias, o, den, dnum, dden, s0, chunks, z, total, xb, x
         if CHUNKS:
             store_chunk_state(chunks, z, bh * N + chunk, 0, cols, vcols, DV, Sp, zp, block == 0)
             store_chunk_state(chunks, z, bh * N + chunk, 1, cols, vcols, DV, Sm, zm, block == 0)
+        raw = load_tile(x, start, rows, xt, cols, T, dtype)
+        inside = (start + rows < T).to(tl.float32)
         if BACKWARD:
             at = bh * T + start + rows
+            r = 1.0 / tl.load(den + at, mask=start + rows < T, other=1.0)  # den is inf where it was below eps: no gradient
             dot = tl.zeros((L,), tl.float32)
             for j in tl.static_range(DV // BV):
                 c = j * BV + tl.arange(0, BV)
                 dot += tl.sum(load_tile(o, start, rows, ot, c, T, tl.float32)
                               * load_tile(y, start, rows, yt, c, T, tl.float32), axis=1)
-            r = 1.0 / tl.load(den + at, mask=start + rows < T, other=1.0)  # den is inf where it was below eps: no gradient
-            one = -dot * r
             value = (load_tile(y, start, rows, yt, vcols, T, tl.float32) * r[:, None]).to(dtype)
             if CHUNKS:
                 store_tile(dnum + bh * T * DV, start, rows, DV, vcols, T, value)
                 if block == 0:
-                    tl.store(dden + at, one, mask=start + rows < T)
+                    tl.store(dden + at, -dot * r, mask=start + rows < T)
+            p, m = features(raw, x, start, rows, xt, cols, W, B, T, inside, MAP, BIAS, PREC)
+            zp -= tl.sum(p * (dot * r)[:, None], axis=0)
+            zm -= tl.sum(m * (dot * r)[:, None], axis=0)
         else:
             value = load_tile(y, start, rows, yt, vcols, T, dtype)
-            one = tl.full((L,), 1.0, tl.float32)
-        inside = (start + rows < T).to(tl.float32)
-        raw = load_tile(x, start, rows, xt, cols, T, dtype)
-        p = features(x, raw, start, rows, xt, cols, 0, W, B, T, inside, MAP, BIAS, PREC)
-        zp += tl.sum(p * one[:, None], axis=0)
+            p, m = features(raw, x, start, rows, xt, cols, W, B, T, inside, MAP, BIAS, PREC)
+            zp += tl.sum(p, axis=0)
+            zm += tl.sum(m, axis=0)
         Sp = tl.dot(tl.trans(p.to(dtype)), value, Sp, input_precision=PREC)
-        p = features(x, raw, start, rows, xt, cols, 1, W_, -B, T, inside, MAP, BIAS, PREC)
-        zm += tl.sum(p * one[:, None], axis=0)
-        Sm = tl.dot(tl.trans(p.to(dtype)), value, Sm, input_precision=PREC)
+        Sm = tl.dot(tl.trans(m.to(dtype)), value, Sm, input_precision=PREC)
     if TOTAL == "segments":
         store_state(total, bh * n_seg + seg, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
         store_state(total, bh * n_seg + seg, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
@@ -306,42 +300,46 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dw, db,
     dnum, dden, dq = dnum + bh * T * DV, dden + bh * T, dq + b * xb + h * xh
     cols, rows = tl.arange(0, HP), tl.arange(0, L)
     causal = rows[:, None] >= rows[None, :]
-    WQ, WQ_, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
-    WK, WK_, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
+    WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
+    WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
         program = bh * N + chunk
-        inside = (start + rows < T).to(tl.float32)
-        raw = load_tile(k, start, rows, kt, cols, T, dtype)
-        kp = features(k, raw, start, rows, kt, cols, 0, WK, BK, T, inside, MAP, BIAS, PREC).to(dtype)
-        km = features(k, raw, start, rows, kt, cols, 1, WK_, -BK, T, inside, MAP, BIAS, PREC).to(dtype)
+        rawk = load_tile(k, start, rows, kt, cols, T, dtype)
+        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), T, dtype)
+        x = load_tile(v, start, rows, vt, tl.arange(0, BV), T, dtype)
+        raw = load_tile(q, start, rows, qt, cols, T, dtype)
         dd = tl.load(dden + start + rows, mask=start + rows < T, other=0.0)
+        inside = (start + rows < T).to(tl.float32)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
+        kp, km = kp.to(dtype), km.to(dtype)
         dA = tl.zeros((L, L), tl.float32) + dd[:, None]
+        gp = dd[:, None] * tl.load(z + 2 * program * HP + cols)[None, :]
+        gm = dd[:, None] * tl.load(z + (2 * program + 1) * HP + cols)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
-            dy = load_tile(dnum, start, rows, DV, c, T, dtype)
-            dA = tl.dot(dy, tl.trans(load_tile(v, start, rows, vt, c, T, dtype)), dA, input_precision=PREC)
+            if j > 0:
+                dy = load_tile(dnum, start, rows, DV, c, T, dtype)
+                x = load_tile(v, start, rows, vt, c, T, dtype)
+            dA = tl.dot(dy, tl.trans(x), dA, input_precision=PREC)
+            gp = tl.dot(dy, tl.trans(load_chunk_state(s, program, 0, cols, c, DV)), gp, input_precision=PREC)
+            gm = tl.dot(dy, tl.trans(load_chunk_state(s, program, 1, cols, c, DV)), gm, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
-        raw = load_tile(q, start, rows, qt, cols, T, dtype)
-        g = dd[:, None] * tl.load(z + 2 * program * HP + cols)[None, :]
-        g = feature_gradient(g, dA, kp, dnum, start, rows, DV, T, s, program, 0, cols, DV, BV, dtype, PREC)
+        gp = tl.dot(dA, kp, gp, input_precision=PREC)
+        gm = tl.dot(dA, km, gm, input_precision=PREC)
         if MAP:
-            du = half_gradient(softmax_of(raw, WQ, BQ, 1.0, BIAS, PREC), g)
-        else:
-            store_tile(dq, start, rows, xt, cols, T, g)
-        g = dd[:, None] * tl.load(z + (2 * program + 1) * HP + cols)[None, :]
-        g = feature_gradient(g, dA, km, dnum, start, rows, DV, T, s, program, 1, cols, DV, BV, dtype, PREC)
-        if MAP:
-            du -= half_gradient(softmax_of(raw, WQ_, -BQ, 1.0, BIAS, PREC), g)
+            p, m = softmaxes(raw, WQ, BQ, 1.0, BIAS, PREC)
+            du = half_gradient(p, gp) - half_gradient(m, gm)
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
             store_tile(dq, start, rows, xt, cols, T, tl.dot(du, tl.trans(WQ), input_precision=PREC))
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
-            store_tile(dq + HP, start, rows, xt, cols, T, g)
+            store_tile(dq, start, rows, xt, cols, T, gp)
+            store_tile(dq + HP, start, rows, xt, cols, T, gm)
     if MAP:
         store_weight_gradient(dw, db, bh * tl.num_programs(0) + seg, cols, dW, dB, BIAS)
 
@@ -357,32 +355,35 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dw, db,
     dnum, dden, dk, dv = dnum + bh * T * DV, dden + bh * T, dk + b * xb + h * xh, dv + b * yb + h * yh
     cols, rows = tl.arange(0, HP), tl.arange(0, L)
     causal = rows[:, None] <= rows[None, :]                       # (keys, queries): everything here is transposed
-    WQ, WQ_, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
-    WK, WK_, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
+    WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
+    WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
         program = bh * N + chunk
-        raw = load_tile(q, start, rows, qt, cols, T, dtype)
-        qp = features(q, raw, start, rows, qt, cols, 0, WQ, BQ, T, 1.0, MAP, BIAS, PREC).to(dtype)
-        qm = features(q, raw, start, rows, qt, cols, 1, WQ_, -BQ, T, 1.0, MAP, BIAS, PREC).to(dtype)
-        inside = (start + rows < T).to(tl.float32)
+        rawq = load_tile(q, start, rows, qt, cols, T, dtype)
         raw = load_tile(k, start, rows, kt, cols, T, dtype)
-        kp = features(k, raw, start, rows, kt, cols, 0, WK, BK, T, inside, MAP, BIAS, PREC).to(dtype)
-        km = features(k, raw, start, rows, kt, cols, 1, WK_, -BK, T, inside, MAP, BIAS, PREC).to(dtype)
+        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), T, dtype)
+        inside = (start + rows < T).to(tl.float32)
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, T, 1.0, MAP, BIAS, PREC)
+        qp, qm = qp.to(dtype), qm.to(dtype)
+        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
+        kp, km = kp.to(dtype), km.to(dtype)
+        x = load_tile(v, start, rows, vt, tl.arange(0, BV), T, dtype)
         A = tl.dot(kp, tl.trans(qp), input_precision=PREC)
         A = tl.dot(km, tl.trans(qm), A, input_precision=PREC)
         A = tl.where(causal, A, 0.0).to(dtype)
         dA = tl.zeros((L, L), tl.float32) + tl.load(dden + start + rows, mask=start + rows < T, other=0.0)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
-            dy = load_tile(dnum, start, rows, DV, c, T, dtype)
+            if j > 0:
+                dy = load_tile(dnum, start, rows, DV, c, T, dtype)
+                x = load_tile(v, start, rows, vt, c, T, dtype)
             y = tl.dot(A, dy, input_precision=PREC)
             y = tl.dot(kp, load_chunk_state(r, program, 0, cols, c, DV), y, input_precision=PREC)
             y = tl.dot(km, load_chunk_state(r, program, 1, cols, c, DV), y, input_precision=PREC)
             store_tile(dv, start, rows, yt, c, T, y)
-            x = load_tile(v, start, rows, vt, c, T, dtype)
             dA = tl.dot(x, tl.trans(dy), dA, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
         g = tl.zeros((L, HP), tl.float32) + tl.load(z + 2 * program * HP + cols)[None, :]
