@@ -12,25 +12,26 @@ Design
               y_n = tril(phi_q phi_k^T) v + phi_q S,    S += phi_k^T v
     states    the backward pass walks twice, only to write down what each chunk needs of the others:
               S_n, the sum of phi_k^T v of all chunks before n, and R_n, the sum of phi_q^T dnum of all chunks after n
-    grad_q    then all chunks at once:    dphi_q = dA phi_k + dnum S_n^T,     dA = tril(dnum v^T + dden)
-    grad_kv   and once more:              dphi_k = dA^T phi_q + v R_n^T,      dv = A^T dnum + phi_k R_n
+    grad_q    then all chunks at once:    dphi_q = dA phi_k + dnum S_n^T + dden z_n^T,   dA = tril(dnum v^T + dden)
+    grad_kv   and once more:              dphi_k = dA^T phi_q + v R_n^T + r_n,   dv = A^T dnum + phi_k R_n
 
-    with dnum = do / den and dden = -<do, o> / den. The map's own backward runs at the end of each chunk.
-
-    Denominators are one more column of v (of ones), as in hedgehog.py, but 16 columns wide, the least a tensor core
-    takes: sums over time and over features then cost no shuffles. Its gradient dden is wider than a product's operand
-    is precise, so it goes in as two columns, a rounded value and what the rounding lost.
-    The gradients of W are summed in registers over a few chunks, written once a program and added up by PyTorch in a
-    fixed order: no atomics, so two runs agree to the last bit.
+    with dnum = do / den and dden = -<do, o> / den, written by the walk that makes R. The map's own backward runs at the
+    end of each chunk. The gradients of W are summed in registers over a few chunks, written once a program and added up
+    by PyTorch in a fixed order: no atomics, so two runs agree to the last bit.
     When B H programs cannot fill the GPU, T is cut into segments: their sums first (`states` without writing chunks),
-    an exclusive prefix over them in PyTorch, then all segments at once.
+    an exclusive prefix over them, then all segments at once.
 
 Precision: sums and states are float32. Products take bfloat16 operands for bfloat16 inputs; tf32 for float16 (whose
 range is too small for features); three tf32 products, which is float32 to about 1e-6, for float32. S_n and R_n are
 written in the type of the products, which is what they are used in.
 
-Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (4,768 and 5,198
-instructions a chunk of which 1,400 each went to spilled registers; here 6,400 together and nearly none).
+Bounds: a chunk's work is a chain of small products, reductions and barriers, and registers (255 a thread) allow two
+programs a multiprocessor, so that latency, not traffic or arithmetic, sets the time.
+
+Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (2.5 times the time:
+a third of the instructions went to spilled registers); a third program a multiprocessor (168 registers spill), 8 warps;
+the second half of the map from a second product, to free registers; the denominator as 16 or 32 extra columns of a
+tensor-core product (came out wrong on an H100 with Triton 3.6, the reason is not known).
 """
 
 import torch
