@@ -261,6 +261,21 @@ def perplexity(nats):
     return math.exp(min(nats, 700))  # e^710 is beyond a float
 
 
+def evaluate_splits(model, data, block_size, batch_size, device, autocast):
+    """Nats and perplexity on the validation split, and on the test split if there is one, as a result's JSON has them."""
+    results = {}
+    for split in ("valid", "test"):
+        if split in data:
+            nats = evaluate(model, data[split], block_size, batch_size, device, autocast)
+            per_word = perplexity(nats * (len(data[split]) - 1) / data["meta"]["words"][split])
+            results |= {f"{split}_nats": nats, f"{split}_ppl": perplexity(nats), f"{split}_ppl_per_word": per_word}
+    return results
+
+
+def peak_gib(device):
+    return torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+
+
 def over_processes(values, device, world):
     """The sums of a few floats over all processes."""
     if world == 1:
@@ -553,13 +568,9 @@ def finish(config, model, data, out, device, autocast, micro, state, tokens_per_
     meta, trained = data["meta"], config.steps * config.batch_size * config.block_size
     summary = dict(attention=config.attention, parameters=sum(p.numel() for p in model.parameters()),
                    steps=config.steps, tokens=trained, best_step=best["state"]["step"], unit=meta["unit"])
-    for split in ("valid", "test"):
-        if split in data:
-            nats = evaluate(model, data[split], config.block_size, micro, device, autocast)
-            per_word = perplexity(nats * (len(data[split]) - 1) / meta["words"][split])
-            summary |= {f"{split}_nats": nats, f"{split}_ppl": perplexity(nats), f"{split}_ppl_per_word": per_word}
-    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-    summary |= dict(tokens_per_second=tokens_per_second, train_seconds=state["seconds"], peak_gib=peak, **provenance())
+    summary |= evaluate_splits(model, data, config.block_size, micro, device, autocast)
+    summary |= dict(tokens_per_second=tokens_per_second, train_seconds=state["seconds"], peak_gib=peak_gib(device),
+                    **provenance())
     save_json(out / "summary.json", summary)
     return summary
 
