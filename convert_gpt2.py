@@ -5,41 +5,29 @@
     python convert_gpt2.py --distill-steps 0               the same without distillation
     python convert_gpt2.py --preset gpt2                   GPT-2 124M on WikiText-103, the paper's experiment
 
-The teacher is GPT-2 from the Hugging Face hub, a folder that holds its two files, or a run of train_gpt.py. All rows of
-results go into summary.json of --out, and each conversion has a folder in it: distilled/ (the maps alone) and finetuned/,
-which is a run of train_gpt.py, so that sample.py writes with it and train_gpt.py --resume goes on with it.
+The teacher is GPT-2 from the Hugging Face hub, a folder that holds its two files, or a run of train_gpt.py. All
+results go into one summary.json in --out, where each conversion has a folder: in it distilled/ holds the maps alone, and
+finetuned/ is a run of train_gpt.py, so that sample.py writes with it and train_gpt.py --resume goes on with it.
 """
 
 import json
-import math
 import os
-import re
-import shutil
-import time
-import urllib.error
-import urllib.request
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.prepare import USER_AGENT, download, sha256
+from distill import distill, faithfulness, load_maps, maps_of
+from gpt2_weights import GPT2, download_teacher, export, load_gpt2
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
-    HERE, MAY_CHANGE_ON_RESUME, Log, TrainConfig, cli, evaluate_splits, find_data, get_batch, interrupts, learning_rate,
-    load_checkpoint, load_model, make_optimizer, move_aside, opt, parse_config, peak_gib, pick_device, provenance,
-    refuse_changes, save_json, stop_if_not_finite, train, write_atomically)
+    MAY_CHANGE_ON_RESUME, TrainConfig, cli, evaluate_splits, find_data, load_model, move_aside, opt, parse_config,
+    peak_gib, pick_device, provenance, refuse_changes, save_json, train)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
-HUB = "https://huggingface.co/openai-community/{}/resolve/main/{}"
-GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
-EVAL_BLOCKS = 32  # of the validation text, evenly spread, on which the maps are compared with softmax
 
 
 @dataclass
@@ -90,8 +78,8 @@ class ConvertConfig:
 
     def __post_init__(self):
         if not (self.distill_steps >= 0 and self.block_size >= 0 and 0 <= self.warmup <= 1):
-            raise ValueError(f"--distill-steps {self.distill_steps} and --block-size {self.block_size} must be at least "
-                             f"0 and --warmup {self.warmup} in [0, 1]")
+            raise ValueError(f"--distill-steps {self.distill_steps} and --block-size {self.block_size} must be at "
+                             f"least 0 and --warmup {self.warmup} in [0, 1]")
         if self.batch_size % max(1, self.accum):
             raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accum {self.accum}")
 
@@ -120,7 +108,8 @@ def saved_config(config):
         saved = json.loads(path.read_text())
         return {f.name: saved[f.name] for f in fields(ConvertConfig)}
     except FileNotFoundError:
-        raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name, --attention") from None
+        raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name or "
+                         "--attention") from None
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{path} is damaged: leave out --resume to begin again") from None
 
@@ -151,135 +140,6 @@ def load_teacher(config):
     return model, tokenizer
 
 
-def download_teacher(name):
-    """The folder with GPT-2's two files, fetched from the Hugging Face hub at the first use."""
-    folder = HERE / "data" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "model.safetensors"):
-        path, url = folder / file, HUB.format(name, file)
-        if path.exists():
-            continue
-        expected = hub_sha256(url)
-        download([url], path, lambda part: not expected or file_sha256(part) == expected,
-                 f"get {url} elsewhere and put it at {path}")
-        save_sha256(path)
-    return folder
-
-
-def hub_sha256(url):
-    """The sha256 of a large file, which the hub sends with its redirection; None for a small file, or no network."""
-    class Stay(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_):
-            return None
-    try:
-        request = urllib.request.Request(url, headers=USER_AGENT, method="HEAD")
-        headers = urllib.request.build_opener(Stay).open(request, timeout=30).headers
-    except urllib.error.HTTPError as e:  # the redirection, if nothing else
-        headers = e.headers
-    except OSError:
-        return None
-    tag = (headers["X-Linked-Etag"] or headers["ETag"] or "").strip('"')
-    return tag if re.fullmatch("[0-9a-f]{64}", tag) else None
-
-
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return sha256(f)
-
-
-def save_sha256(path):
-    """Beside the file, as `sha256sum --check` reads it: what is changed later is noticed."""
-    text = f"{file_sha256(path)}  {path.name}\n"
-    write_atomically(path.with_name(path.name + ".sha256"), lambda f: f.write(text.encode()))
-
-
-def load_gpt2(folder):
-    """A GPT, softmax or linear, from a folder with model.safetensors and config.json: GPT-2's own, or of --export."""
-    folder = Path(folder)
-    config_path, path = folder / "config.json", folder / "model.safetensors"
-    for needed in (config_path, path):
-        if not needed.exists():
-            raise ValueError(f"{folder} has no {needed.name}: a teacher's folder holds config.json and model.safetensors")
-    model = GPT(gpt2_config(config_path)).eval()
-    record = path.with_name(path.name + ".sha256")
-    if record.exists() and record.read_text().split()[:1] != [file_sha256(path)]:
-        raise ValueError(f"{path} is not the file that {record.name} beside it tells of: delete both and get it again")
-    expected = dict([*model.named_parameters(), *model.named_buffers()])
-    try:
-        with safe_open(path, "pt") as f, torch.no_grad():
-            # GPT2Model has no prefix and GPT2LMHeadModel has one; older files hold the causal mask as a buffer.
-            stored = {n if n.startswith(("transformer.", "lm_head.")) else "transformer." + n: n for n in f.keys()
-                      if not re.search(r"\.attn\.(masked_)?bias$", n)}
-            shapes = {n: tuple(f.get_slice(s).get_shape()) for n, s in stored.items()}
-            head = stored.pop("lm_head.weight", None) if model.config.tie_head else None
-            wrong = [n for n, p in expected.items() if n in stored and conv1d(n, p).shape != shapes[n]]
-            if expected.keys() != stored.keys() or wrong:
-                raise ValueError(f"{path} does not fit its config.json: "
-                                 f"missing: {some(expected.keys() - stored.keys())}; left over: "
-                                 f"{some(stored.keys() - expected.keys())}; of another shape: {some(wrong)}")
-            for name, p in expected.items():
-                conv1d(name, p).copy_(f.get_tensor(stored[name]))
-                if not p.isfinite().all():
-                    raise ValueError(f"{path}: {name} holds values that are not finite: get the file again")
-            if head and not torch.equal(f.get_tensor(head).float(), model.lm_head.weight):
-                raise ValueError(f"{path} has an lm_head of its own, config.json says that it is tied: add "
-                                 '"tie_word_embeddings": false to it')
-    except SafetensorError as e:
-        raise ValueError(f"{path} is truncated or no safetensors file ({e}): get it again") from e
-    return model
-
-
-def conv1d(name, p):
-    """The weight as GPT-2 stores it: (in, out), which is a view of our (out, in)."""
-    return p.mT if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) else p
-
-
-def some(names):
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
-
-
-def gpt2_config(path):
-    try:
-        given = json.loads(path.read_text())
-        if "hedgehog" in given:
-            return GPTConfig(**given["hedgehog"])
-        # What our GPT has fixed: another value would load, and then compute something else.
-        fixed = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
-                     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-        odd = [f"{k}={given[k]}" for k, v in fixed.items() if given.get(k, v) not in (v, 4 * given["n_embd"])]
-        if odd:
-            raise ValueError(f"{path} is not of a plain GPT-2 ({', '.join(odd)}): this architecture cannot be converted")
-        return GPTConfig(block_size=given["n_positions"], tie_head=given.get("tie_word_embeddings", True),
-                         attention="softmax", **{k: given[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")})
-    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is damaged, or not GPT-2's ({type(e).__name__}: {e}): get it again") from e
-
-
-def export(model, folder):
-    """model.safetensors and config.json, in GPT-2's layout: load_gpt2 reads them, transformers too if it is softmax."""
-    folder, c = Path(folder), model.config
-    part = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        save_file({n: conv1d(n, p.detach()).cpu().contiguous() for n, p in tensors}, part / "model.safetensors",
-                  metadata={"format": "pt"})
-        save_sha256(part / "model.safetensors")
-        plain = c.attention == "softmax" and c.bias
-        save_json(part / "config.json", dict(
-            model_type="gpt2" if plain else "hedgehog_gpt2", architectures=["GPT2LMHeadModel" if plain else "GPT"],
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-            activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=c.tie_head,
-            hedgehog=asdict(c)))
-        os.replace(part, folder)
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"could not write {folder} ({e}): free some space or choose another --export") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def swap(teacher, config):
     """A GPT with the teacher's weights and linear attention: what is new in it is exactly the feature maps."""
     block_size, longest = config.block_size or teacher.config.block_size, teacher.config.block_size
@@ -300,153 +160,18 @@ def swap(teacher, config):
     return student
 
 
-def maps_of(model):
-    return {name: p for name, p in model.named_parameters() if ".map_" in name}
-
-
-def load_maps(model, path):
-    given, maps = load_checkpoint(path)["model"], maps_of(model)
-    shapes = {name: p.shape for name, p in given.items() if name in maps}
-    if shapes != {name: p.shape for name, p in maps.items()}:
-        raise ValueError(f"{path} does not hold the feature maps of this model: --attention, --feature-bias, --tie-qk and "
-                         "the teacher must be those it was made with")
-    model.load_state_dict({name: given[name] for name in maps}, strict=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 1: attention distillation
-
-
-def imitation_loss(q, k, phi_q, phi_k, tiny=1e-37):
-    """(cross-entropy of the linear weights under softmax's, entropy of softmax's), each the mean over all queries.
-
-        L_i = - sum_{j<=i} p_ij log(a_ij / sum_{m<=i} a_im)      p = softmax(q.k / sqrt(D)), a = phi(q).phi(k)
-
-    q, k (B, H, T, D), phi_q, phi_k (B, H, T, P). Source: the paper's equation; LoLCATs' code. The entropy is its floor.
-    Each a_ij is bounded from below inside the sum as well as above it, so that a / sum(a) is a distribution whatever
-    the maps do. With an addend outside, log(a + eps) - log(sum(a) + eps), a row of n keys sums to n as a -> 0: the loss
-    falls below the entropy and whole heads collapse. The bound lies below all that attention sees (its own is 1e-30).
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        q, k = q.to(phi_q.dtype), k.to(phi_k.dtype)
-        future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-        s = q @ k.mT / math.sqrt(q.shape[-1])                                             # (B, H, T, T), as all below
-        log_sum = s.masked_fill(future, -math.inf).logsumexp(-1, keepdim=True)
-        p = (s - log_sum).exp().masked_fill(future, 0)
-        a = (phi_q @ phi_k.mT).clamp(min=tiny)
-        log_a_sum = a.masked_fill(future, 0).sum(-1, keepdim=True).log()
-        return (p * (log_a_sum - a.log())).sum(-1).mean(), (p * (log_sum - s)).sum(-1).mean()
-
-
-@torch.no_grad()
-def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
-    """The softmax teacher reads idx (B, T), and every layer's maps are held against its weights: (n_layer, 2) losses.
-
-    Linear and softmax model share all weights but the maps, so the teacher is `model` with softmax's output passed on.
-    No layer's maps touch another's input, so with `learn` each loss goes backward at once, and memory is one layer's.
-    """
-    transformer, losses = model.transformer, []
-    with autocast:
-        x = transformer.wte(idx) + transformer.wpe(torch.arange(idx.shape[1], device=idx.device))   # (B, T, C)
-        for block in transformer.h:
-            q, k, v = block.attn.split_heads(block.ln_1(x))
-            with torch.set_grad_enabled(learn):
-                linear = block.attn.linear
-                both = loss(q, k, linear.map_q(q, is_query=True), linear.map_k(k))
-            if learn:
-                both[0].backward()
-            losses.append(torch.stack([value.detach() for value in both]))
-            x = x + block.attn.merge_heads(block.attn.softmax(q, k, v, cache=None))
-            x = x + block.mlp(block.ln_2(x))
-    return torch.stack(losses)
-
-
-def faithfulness(model, tokens, config, device, autocast, loss):
-    """{"cross_entropy": [a layer], "entropy": ..., "kl": ...} on EVAL_BLOCKS blocks of the text, always the same."""
-    n = (len(tokens) - 1) // config.block_size
-    blocks = np.unique(np.linspace(0, n - 1, EVAL_BLOCKS).astype(int))
-    total = 0
-    for some_blocks in np.array_split(blocks, math.ceil(len(blocks) / config.batch_size)):
-        idx = np.stack([tokens[b * config.block_size:(b + 1) * config.block_size] for b in some_blocks]).astype(np.int64)
-        total += imitate(model, torch.from_numpy(idx).to(device), autocast, loss).double() * len(idx)
-    cross_entropy, entropy = (total / len(blocks)).T.tolist()
-    return dict(cross_entropy=cross_entropy, entropy=entropy, kl=[c - e for c, e in zip(cross_entropy, entropy)])
-
-
-def distill(model, data, config, device, autocast, say):
-    """Stage 1 on `model`, in place. Returns (seconds of training, faithfulness at the end)."""
-    out, loss = Path(config.out), torch.compile(imitation_loss) if config.compile else imitation_loss
-    model.eval().requires_grad_(False)
-    for p in maps_of(model).values():
-        p.requires_grad_(True)
-    optimizer = make_optimizer(model, config, device)
-    state = dict(step=0, seconds=0.0, loss_sum=0.0, loss_count=0)
-    if config.resume:
-        checkpoint = load_checkpoint(out / "last.pt")
-        load_maps(model, out / "last.pt")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        state = checkpoint["state"]
-    out.mkdir(parents=True, exist_ok=True)
-    layers = [list(block.attn.linear.parameters()) for block in model.transformer.h]
-    kinds, T = ("cross_entropy", "entropy", "kl"), config.block_size
-    log = Log(out / "log.csv", state["step"], ("step", "tokens", "lr", "train_cross_entropy", *kinds, "seconds",
-                                               *(f"{kind}_{i}" for kind in kinds for i in range(len(layers)))))
-
-    def save():
-        write_atomically(out / "last.pt", lambda f: torch.save(dict(
-            model={n: p.detach() for n, p in maps_of(model).items()}, optimizer=optimizer.state_dict(), state=state,
-            config=asdict(config), model_config=asdict(model.config), meta=data["meta"]), f))
-
-    with interrupts(say) as received, tqdm(total=config.steps, initial=state["step"], unit="step", disable=None) as bar:
-        for step in range(state["step"], config.steps + 1):
-            if step % config.eval_every == 0 or step == config.steps:
-                report = faithfulness(model, data["valid"], config, device, autocast, loss)
-                means = [float(np.mean(report[kind])) for kind in kinds]
-                stop_if_not_finite(means[0], step, config)
-                say(f"step {step:5d}  KL {means[2]:.4f} nats a query, by layer " + " ".join(f"{x:.3f}" for x in report["kl"]))
-                save()
-                log.write((step, step * config.batch_size * T, learning_rate(step, config),
-                           state["loss_sum"] / max(1, state["loss_count"]), *means, state["seconds"],
-                           *(x for kind in kinds for x in report[kind])))
-                state.update(loss_sum=0.0, loss_count=0)
-            if step == config.steps:
-                break
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            x, _ = get_batch(data["train"], config, step, 0, 1, device)
-            losses = imitate(model, x, autocast, loss, learn=True)
-            for layer in layers:
-                # An infinite norm (t2r: 1 / a for a near zero) makes this write zeros: that layer waits a step.
-                torch.nn.utils.clip_grad_norm_(layer, config.clip)
-            mean = losses[:, 0].mean().item()
-            stop_if_not_finite(mean, step, config)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.update(step=step + 1, loss_sum=state["loss_sum"] + mean, loss_count=state["loss_count"] + 1,
-                         seconds=state["seconds"] + time.perf_counter() - began)
-            bar.set_postfix(cross_entropy=f"{mean:.3f}", floor=f"{losses[:, 1].mean().item():.3f}")
-            bar.update()
-            if received:
-                save()
-                say(f"stopped after step {step + 1}, saved: add --resume to the command to go on")
-                raise SystemExit(130)
-    model.requires_grad_(True)
-    return state["seconds"], report
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The conversion
 
 
 def stage_config(config, model, stage, **changes):
     """The TrainConfig of a stage: the model's shape, and what both dataclasses call by the same name."""
-    steps = changes.get("steps", config.steps)
-    shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name != "preset" and hasattr(config, f.name)}
+    shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if hasattr(config, f.name)}
     shape = {f.name: getattr(model.config, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
     out = table_folder(config) / run_name(config) / stage
-    changes |= dict(out=str(out), warmup=round(config.warmup * steps), resume=config.resume and (out / "last.pt").exists())
-    return TrainConfig(**shared | shape | changes)
+    given = shared | shape | dict(preset="tiny", out=str(out)) | changes
+    resume = config.resume and (out / "last.pt").exists()  # or this stage had not begun
+    return TrainConfig(**given | dict(warmup=round(config.warmup * given["steps"]), resume=resume))
 
 
 class Results:
@@ -464,19 +189,22 @@ class Results:
         row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance()
         self.rows = [r for r in self.rows if r not in replaced] + [row]
         save_json(self.path, self.rows)
-        tqdm.write(f"{row['name']}, {row['stage']}: valid {row['valid_nats']:.4f} nats, perplexity {row['valid_ppl']:.2f}")
+        tqdm.write(f"{row['name']}, {row['stage']}: valid {row['valid_nats']:.4f} nats, "
+                   f"perplexity {row['valid_ppl']:.2f}")
 
     def __str__(self):
         """The table. The ratio is that of perplexities, to the best teacher that was finetuned for as many tokens."""
-        lines = [f"{'':24}{'stage':12}{'tokens':>13}{'nats':>9}{'valid ppl':>11}{'test ppl':>10}{'ratio':>8}{'seconds':>9}"]
+        head = ("name", "stage", "tokens", "nats", "valid ppl", "test ppl", "ratio", "seconds")
+        form = "{:24}{:10}{:>13}{:>9}{:>11}{:>11}{:>8}{:>9}".format
+        lines = [form(*head)]
         for r in self.rows:
             tokens = dict(tokens=r["tokens"]) if r["stage"] == "finetuned" else {}
-            split = "valid" if r["test_ppl"] is None else "test"
-            best = min(self.find(attention="softmax", stage="finetuned", **tokens), key=lambda b: b["valid_nats"], default=None)
-            ratio = f"{r[split + '_ppl'] / best[split + '_ppl']:.3f}" if best else "-"
-            cells = ["-" if x is None else f"{x:.{n}f}" for x, n in ((r["test_ppl"], 2), (r["seconds"], 0))]
-            lines.append(f"{r['name']:24}{r['stage']:12}{r['tokens']:13,}{r['valid_nats']:9.4f}{r['valid_ppl']:11.2f}"
-                         f"{cells[0]:>10}{ratio:>8}{cells[1]:>9}")
+            finetuned = self.find(attention="softmax", stage="finetuned", **tokens)
+            ppl = "valid_ppl" if r["test_ppl"] is None else "test_ppl"
+            ratio = r[ppl] / min(finetuned, key=lambda r: r["valid_nats"])[ppl] if finetuned else None
+            numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (ratio, 3), (r["seconds"], 0))
+            lines.append(form(r["name"], r["stage"], f"{r['tokens']:,}",
+                              *("-" if x is None else f"{x:.{digits}f}" for x, digits in numbers)))
         return "\n".join(lines)
 
 
@@ -490,6 +218,7 @@ def convert(config):
     folder, name, say = table_folder(config), run_name(config), tqdm.write
     device, dtype, why = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
+    find_data(config, rank=0, world=1)  # what it lacks is better told before a download than after
     teacher, tokenizer = load_teacher(config)
     student = swap(teacher, config)
     stage1 = stage_config(config, student, "distilled", steps=config.distill_steps, accum=1, lr=config.distill_lr,
@@ -498,42 +227,42 @@ def convert(config):
     data = find_text(stage2, teacher, tokenizer)
 
     def measure(model):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of what comes next
         batch = config.batch_size // config.accum
         return evaluate_splits(model.to(device).eval(), data, stage2.block_size, batch, device, autocast)
 
+    say(f"{name}: {config.teacher or 'the tiny softmax model'} with {config.attention} attention, on {why}")
     results, base = Results(folder), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
-    measured = measure(teacher)
+    before = measure(teacher)
     del teacher
     for row in results.find(**base):
-        if abs(row["valid_nats"] - measured["valid_nats"]) > 0.01:  # a GPU and a CPU differ by less
+        if abs(row["valid_nats"] - before["valid_nats"]) > 0.01:  # a GPU and a CPU differ by less
             raise ValueError(f"{folder} holds results of another teacher, text or block size: choose another --out")
+    start_run(folder / name, config, say)
     if not results.find(**base):
-        folder.mkdir(parents=True, exist_ok=True)
-        results.add(**base, **measured)
-    tokens = config.steps * config.batch_size * stage2.block_size
-    if config.reference and config.attention != "softmax" and config.steps and not results.find(
-            attention="softmax", stage="finetuned", tokens=tokens):
-        say("first the teacher, finetuned for as many steps: what the result is compared with")
+        results.add(**base, **before)
+    same = dict(attention="softmax", stage="finetuned", tokens=config.steps * config.batch_size * stage2.block_size)
+    if config.reference and config.attention != "softmax" and config.steps and not results.find(**same):
+        say("first the teacher, finetuned for as many steps, is what the result is compared with")
         again = config.resume and (folder / "softmax" / "config.json").exists()
         results = convert(replace(config, attention="softmax", name="", maps="", export="", resume=again))
 
-    start_run(folder / name, config, say)
     row = dict(name=name, attention=config.attention)
-    if student.config.attention != "softmax":
+    if config.attention != "softmax":
         student, learns = student.to(device), bool(maps_of(student))
-        if not config.maps and not (config.resume and results.find(**row, stage="swapped")):
-            kl = faithfulness(student, data["valid"], stage1, device, autocast, imitation_loss)
+        if not config.maps:
+            kl = faithfulness(student, data["valid"], stage1, device, autocast)
             results.add(**row, stage="swapped", tokens=0, **measure(student), **kl)
         if config.distill_steps and not learns:
             say(f"{config.attention} has no parameters that could be distilled: stage 1 is skipped")
         elif config.distill_steps or config.maps:
             seconds, kl = distill(student, data, stage1, device, autocast, say)
-            peak, trained = peak_gib(device), stage1.steps * stage1.batch_size * stage1.block_size
-            if not (config.resume and results.find(**row, stage="distilled")):
-                results.add(**row, stage="distilled", tokens=trained, **measure(student), **kl, seconds=seconds, peak_gib=peak)
+            cost = dict(tokens=stage1.steps * stage1.batch_size * stage1.block_size, peak_gib=peak_gib(device))
+            results.add(**row, stage="distilled", **measure(student), **kl, seconds=seconds, **cost)
     summary = train(stage2, student)
     if config.steps:
-        kept = ("parameters", "tokens", "best_step", "peak_gib", *measured)
+        kept = ("parameters", "tokens", "best_step", "peak_gib", *before)
         results.add(**row, stage="finetuned", seconds=summary["train_seconds"], **{k: summary[k] for k in kept})
     if config.export:
         export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
