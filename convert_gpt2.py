@@ -6,8 +6,8 @@
     python convert_gpt2.py --preset gpt2                   GPT-2 124M on WikiText-103, the paper's experiment
 
 The teacher is GPT-2 from the Hugging Face hub, a folder that holds its two files, or a run of train_gpt.py. All
-results go into one summary.json in --out, where each conversion has a folder: in it distilled/ holds the maps alone, and
-finetuned/ is a run of train_gpt.py, so that sample.py writes with it and train_gpt.py --resume goes on with it.
+results go into one summary.json in --out, where each conversion has a folder: in it distilled/ holds the maps alone,
+and finetuned/ is a run of train_gpt.py: sample.py writes with it, and train_gpt.py --resume goes on with it.
 """
 
 import json
@@ -105,7 +105,7 @@ def run_name(config):
 def saved_config(config):
     path = table_folder(config) / run_name(config) / "config.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text())["config"]
         return {f.name: saved[f.name] for f in fields(ConvertConfig)}
     except FileNotFoundError:
         raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name or "
@@ -275,8 +275,8 @@ def find_text(config, teacher, tokenizer):
     meta, vocab_size = data["meta"], teacher.config.vocab_size
     if meta["vocab_size"] != vocab_size or tokenizer not in (None, meta["tokenizer"]):
         raise ValueError(f"the text has {meta['vocab_size']} different tokens ({meta['tokenizer']}), the teacher "
-                         f"{vocab_size}{f' ({tokenizer})' if tokenizer else ''}: prepare a text with data/prepare.py and "
-                         "the teacher's --tokenizer, and name it with --data")
+                         f"{vocab_size} ({tokenizer or 'tokenizer unknown'}): make a text for it with data/prepare.py "
+                         "and --tokenizer, and name its folder with --data")
     return data
 
 
@@ -286,7 +286,7 @@ def start_run(run, config, say):
     elif run.exists():
         move_aside(run, say)
     run.mkdir(parents=True, exist_ok=True)
-    save_json(run / "config.json", asdict(config) | provenance())
+    save_json(run / "config.json", dict(config=asdict(config), **provenance()))
 
 
 if __name__ == "__main__":

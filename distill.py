@@ -1,4 +1,4 @@
-"""Attention distillation: feature maps learn to give each layer of a trained softmax GPT the weights that softmax gives.
+"""Attention distillation: feature maps learn to give each layer of a trained GPT the weights that softmax gives it.
 
 Only the maps learn, and every layer learns from the activations of the teacher, whose other weights the linear model
 shares. The first stage of convert_gpt2.py; `imitation_loss` is what to take into another model. Letters: hedgehog.py.
@@ -49,7 +49,7 @@ def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
     """The teacher reads idx (B, T), and each layer's maps are compared with its weights: (n_layer, 2), as in the loss.
 
     Linear and softmax model share all but the maps, so the teacher is `model` with softmax's output passed on. What a
-    layer reads does not depend on any map, so with `learn` each loss goes backward at once: memory is that of one layer.
+    layer reads depends on no map, so with `learn` each loss goes backward at once: memory is that of one layer.
     """
     transformer, losses = model.transformer, []
     with autocast:
@@ -68,7 +68,7 @@ def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
 
 
 def faithfulness(model, tokens, config, device, autocast, loss=imitation_loss):
-    """{"cross_entropy": [one a layer], "entropy": ..., "kl": ...} on EVAL_BLOCKS blocks of the text, always the same."""
+    """{"cross_entropy": [one a layer], "entropy": ..., "kl": ...} on EVAL_BLOCKS blocks of the text, the same always."""
     T, n_blocks = config.block_size, (len(tokens) - 1) // config.block_size
     starts = np.unique(np.linspace(0, n_blocks - 1, EVAL_BLOCKS).astype(int)) * T
     total = 0
@@ -84,7 +84,7 @@ def maps_of(model):
 
 
 def load_maps(model, path):
-    """Into `model`, the feature maps of a checkpoint of distil or of train_gpt.py. Returns the checkpoint."""
+    """Into `model`, the feature maps of a checkpoint of `distill` or of train_gpt.py. Returns the checkpoint."""
     checkpoint, maps = load_checkpoint(path), maps_of(model)
     given = {name: p for name, p in checkpoint["model"].items() if name in maps}
     if {name: p.shape for name, p in given.items()} != {name: p.shape for name, p in maps.items()}:

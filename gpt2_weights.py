@@ -1,8 +1,8 @@
 """GPT-2's weights as files: fetch them, read them into our GPT, and write ours the same way.
 
 A folder holds model.safetensors and config.json, as on the Hugging Face hub. Our GPT has GPT-2's names, so that every
-tensor has its place; GPT-2 stores the matrices of its blocks transposed. A linear GPT is written with the same names, its
-feature maps besides, and a config.json that says which attention it has; `load_gpt2` reads both.
+tensor has its place; GPT-2 stores the matrices of its blocks transposed. A linear GPT is written with the same names,
+its feature maps besides, and a config.json that says which attention it has; `load_gpt2` reads both.
 """
 
 import json

@@ -262,7 +262,7 @@ def perplexity(nats):
 
 
 def evaluate_splits(model, data, block_size, batch_size, device, autocast):
-    """Nats and perplexity on the validation split, and on the test split if there is one, as a result's JSON has them."""
+    """Nats and perplexity on the validation split, and on the test split if there is one, as summary.json has them."""
     results = {}
     for split in ("valid", "test"):
         if split in data:

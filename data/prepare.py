@@ -341,7 +341,8 @@ def download(mirrors, path, is_whole, remedy):
         else:
             os.replace(part, path)
             return
-    raise InputError(f"no mirror delivered {path.name} ({'; '.join(failures)}). Run this again to continue, or {remedy}")
+    raise InputError(f"no mirror delivered {path.name} ({'; '.join(failures)}). Run this again to continue, or "
+                     f"{remedy}")
 
 
 def prepare_wikitext103(out_dir, tokenizer, zip_path=None, **options):
