@@ -12,6 +12,7 @@ and finetuned/ is a run of train_gpt.py: sample.py writes with it, and train_gpt
 
 import json
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from gpt2_weights import GPT2, download_teacher, export, load_gpt2
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
     MAY_CHANGE_ON_RESUME, TrainConfig, cli, evaluate_splits, find_data, load_model, move_aside, opt, parse_config,
-    peak_gib, pick_device, provenance, refuse_changes, save_json, train)
+    peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json, train)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
 MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
@@ -80,6 +81,9 @@ class ConvertConfig:
         if not (self.distill_steps >= 0 and self.block_size >= 0 and 0 <= self.warmup <= 1):
             raise ValueError(f"--distill-steps {self.distill_steps} and --block-size {self.block_size} must be at "
                              f"least 0 and --warmup {self.warmup} in [0, 1]")
+        if self.name == "softmax" != self.attention or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
+            raise ValueError(f"--name {self.name!r} must be letters, digits and . + = - _ and begin with one of the "
+                             "first; softmax is the name of the finetuned teacher")
         if self.batch_size % max(1, self.accum):
             raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accum {self.accum}")
 
@@ -146,6 +150,7 @@ def swap(teacher, config):
     if block_size > longest:
         raise ValueError(f"--block-size {block_size}: the teacher knows {longest} positions, take at most that")
     options = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+    torch.manual_seed(config.seed)  # performer draws its features
     student = GPT(replace(teacher.config, **options | {"block_size": block_size}))
     weights = teacher.state_dict()
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
@@ -179,7 +184,13 @@ class Results:
 
     def __init__(self, folder):
         self.path = folder / "summary.json"
-        self.rows = json.loads(self.path.read_text()) if self.path.exists() else []
+        self.rows = []
+        if self.path.exists():
+            try:
+                self.rows = json.loads(self.path.read_text())
+                assert all(row["stage"] and row["name"] for row in self.rows)
+            except (ValueError, TypeError, LookupError, AssertionError):
+                raise ValueError(f"{self.path} is damaged, or of train_gpt.py: choose another --out") from None
 
     def find(self, **values):
         return [row for row in self.rows if values.items() <= row.items()]
@@ -227,8 +238,6 @@ def convert(config):
     data = find_text(stage2, teacher, tokenizer)
 
     def measure(model):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # of what comes next
         batch = config.batch_size // config.accum
         return evaluate_splits(model.to(device).eval(), data, stage2.block_size, batch, device, autocast)
 
@@ -257,9 +266,11 @@ def convert(config):
         if config.distill_steps and not learns:
             say(f"{config.attention} has no parameters that could be distilled: stage 1 is skipped")
         elif config.distill_steps or config.maps:
+            reset_peak(device)
             seconds, kl = distill(student, data, stage1, device, autocast, say)
             cost = dict(tokens=stage1.steps * stage1.batch_size * stage1.block_size, peak_gib=peak_gib(device))
             results.add(**row, stage="distilled", **measure(student), **kl, seconds=seconds, **cost)
+    reset_peak(device)
     summary = train(stage2, student)
     if config.steps:
         kept = ("parameters", "tokens", "best_step", "peak_gib", *before)

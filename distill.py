@@ -68,7 +68,7 @@ def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
 
 
 def faithfulness(model, tokens, config, device, autocast, loss=imitation_loss):
-    """{"cross_entropy": [one a layer], "entropy": ..., "kl": ...} on EVAL_BLOCKS blocks of the text, the same always."""
+    """{"cross_entropy": [one a layer], "entropy": ..., "kl": ...} on EVAL_BLOCKS blocks of the text, always those."""
     T, n_blocks = config.block_size, (len(tokens) - 1) // config.block_size
     starts = np.unique(np.linspace(0, n_blocks - 1, EVAL_BLOCKS).astype(int)) * T
     total = 0

@@ -12,6 +12,7 @@ import shutil
 import urllib.error
 import urllib.request
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,11 +35,24 @@ def download_teacher(name):
         path, url = folder / file, HUB.format(name, file)
         if path.exists():
             continue
-        expected = hub_sha256(url)
-        download([url], path, lambda part: not expected or file_sha256(part) == expected,
-                 f"get {url} elsewhere and put it at {path}")
+        download([url], path, partial(is_whole, expected=hub_sha256(url)), f"get {url} elsewhere and put it at {path}")
         save_sha256(path)
     return folder
+
+
+def is_whole(part, expected):
+    """By its sha256 where that is known, otherwise by its form."""
+    if expected:
+        return file_sha256(part) == expected
+    try:
+        if part.name.startswith("config.json"):
+            json.loads(part.read_text())
+        else:
+            with safe_open(part, "pt"):
+                pass
+        return True
+    except (ValueError, SafetensorError):
+        return False
 
 
 def hub_sha256(url):
@@ -120,9 +134,10 @@ def gpt2_config(path):
         if "hedgehog" in given:
             return GPTConfig(**given["hedgehog"])
         # What our GPT has fixed: another value would load, and then compute something else.
-        fixed = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None,
-                     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-        odd = [f"{k}={given[k]}" for k, v in fixed.items() if given.get(k, v) not in (v, 4 * given["n_embd"])]
+        fixed = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+                     n_inner=4 * given["n_embd"], scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                     add_cross_attention=False)
+        odd = [f"{k}={given[k]}" for k, v in fixed.items() if given.get(k) not in (None, v)]
         if odd:
             raise ValueError(f"{path} is not of a plain GPT-2 ({', '.join(odd)}): it cannot be converted here")
         return GPTConfig(block_size=given["n_positions"], tie_head=given.get("tie_word_embeddings", True),

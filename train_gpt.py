@@ -276,6 +276,11 @@ def peak_gib(device):
     return torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
 
 
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def over_processes(values, device, world):
     """The sums of a few floats over all processes."""
     if world == 1:

@@ -57,6 +57,13 @@ def teacher(text_dir, tmp_path_factory):
     return out
 
 
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """The sample at the end of a training run would take most of the time here."""
+    whole = GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda self, idx, n, *args, **kwargs: whole(self, idx, min(n, 20), *args, **kwargs))
+
+
 @pytest.fixture
 def command(text_dir, teacher, tmp_path):
     """convert_gpt2.py with these flags, on the small teacher. Returns its Results."""
@@ -101,7 +108,7 @@ def loss_by_hand(q, k, phi_q, phi_k):
         s = torch.stack([q[b, h, i] @ k[b, h, j] / math.sqrt(q.shape[-1]) for j in range(i + 1)])
         a = torch.stack([phi_q[b, h, i] @ phi_k[b, h, j] for j in range(i + 1)])
         p = s.exp() / s.exp().sum()
-        cross_entropy, entropy, n = cross_entropy - (p * (a / a.sum()).log()).sum(), entropy - (p * p.log()).sum(), n + 1
+        cross_entropy, entropy, n = cross_entropy - p @ (a / a.sum()).log(), entropy - p @ p.log(), n + 1
     return cross_entropy / n, entropy / n
 
 
@@ -125,7 +132,7 @@ ADVERSARIES = {
     "products about the bound": lambda phi: 3e-19 * phi,
     "features of 1e30": lambda phi: 1e30 * phi,
     "a head without any feature": lambda phi: phi * (torch.arange(2)[:, None, None] == 0),
-    "a head collapsed to one feature": lambda phi: phi * ((torch.arange(2) == 0)[:, None, None] | (torch.arange(16) == 0)),
+    "a head collapsed to one feature": lambda phi: phi * ((torch.arange(2) < 1)[:, None, None] | (torch.arange(16) < 1)),
     "only the last key has features": lambda phi: phi * (torch.arange(phi.shape[2])[:, None] == phi.shape[2] - 1),
     "every other feature is zero": lambda phi: phi * (torch.arange(phi.shape[-1]) % 2),
     "one key outweighs all": lambda phi: phi * torch.where(torch.arange(phi.shape[2]) == 3, 1e15, 1.0)[:, None],
@@ -217,7 +224,8 @@ def test_memory_of_a_distillation_step_does_not_grow_with_the_layers(attention):
             imitate(model, torch.randint(256, (2, 32)), nullcontext(), learn=True)
         assert all(p.grad is not None for p in maps_of(model).values())
         peaks.append(Held.peak)
-    assert peaks[0] == peaks[1] == peaks[2] > 2 * 2 * 32 * 32 * 4  # at least one (B, H, T, T) tensor
+    weights = 2 * 2 * 32 * 32 * 4  # bytes of one (B, H, T, T) tensor: 384 MiB for GPT-2 124M at 8 x 1,024
+    assert weights < peaks[0] == peaks[1] == peaks[2] < 6 * weights
 
 
 def log_rows(path):
@@ -254,12 +262,14 @@ def test_stage_1_trains_the_maps_alone_and_stage_2_everything(command, tmp_path,
     command("--no-reference")
     before = load_model(teacher / "best.pt")[0].state_dict()
     maps = load_checkpoint(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")["model"]
-    assert len(maps) == 4 and all(".map_" in name and not torch.equal(p, torch.eye(8).expand_as(p)) for name, p in maps.items())
+    assert len(maps) == 4 and all(".map_" in name for name in maps)
+    assert not any(torch.equal(p, torch.eye(8).expand_as(p)) for p in maps.values())
     # At step 0 of stage 2 the model is the teacher and those maps.
     first = log_rows(tmp_path / "table" / "hedgehog" / "finetuned" / "log.csv")[0]
     distilled = json.loads((tmp_path / "table" / "summary.json").read_text())[2]
     assert float(first["valid_nats"]) == pytest.approx(distilled["valid_nats"], rel=1e-5)
-    model = swap(load_model(teacher / "best.pt")[0], ConvertConfig(maps=str(tmp_path / "table/hedgehog/distilled/last.pt")))
+    path = str(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")
+    model = swap(load_model(teacher / "best.pt")[0], ConvertConfig(maps=path))
     assert all(torch.equal(p, before.get(name, maps.get(name))) for name, p in model.state_dict().items())
     after = load_checkpoint(tmp_path / "table" / "hedgehog" / "finetuned" / "last.pt")["model"]
     assert not any(torch.equal(after[name], {**before, **maps}[name]) for name in after if "wpe" not in name)
@@ -282,7 +292,8 @@ def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch):
         assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
         assert log_rows(whole / stage / "log.csv") == log_rows(parts / stage / "log.csv")
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (whole, parts))
-    assert [(r["name"], r["stage"], r["valid_nats"]) for r in a] == [(r["name"], r["stage"], r["valid_nats"]) for r in b]
+    keys = ("name", "stage", "tokens", "valid_nats", "test_nats")
+    assert [[r[k] for k in keys] for r in a] == [[r[k] for k in keys] for r in b]
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"]])
@@ -360,7 +371,7 @@ def test_low_rank_updates_start_at_nothing_train_alone_and_merge_into_plain_weig
     add_lora(model, 3)
     assert torch.equal(model(idx)[0], before)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 2 * 2 and all(re.fullmatch(r".*attn\.c_(attn|proj)\.lora_[AB]", name) for name in trained)
+    assert len(trained) == 2 * 2 * 2 and all(re.search(r"attn\.c_(attn|proj)\.lora_[AB]$", name) for name in trained)
     optimizer = train_gpt.make_optimizer(model, TrainConfig(lr=0.1), CPU)
     model(idx, idx)[1].backward()
     optimizer.step()
@@ -388,7 +399,8 @@ def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path
 
 @pytest.mark.parametrize("options", [
     dict(attention="softmax"), dict(attention="softmax", tie_head=False), dict(attention="hedgehog"),
-    dict(attention="t2r", tie_qk=True), dict(attention="hedgehog", bias=False, feature_bias=True), dict(attention="performer")])
+    dict(attention="t2r", tie_qk=True), dict(attention="hedgehog", bias=False, feature_bias=True),
+    dict(attention="performer")])
 def test_an_exported_model_is_read_back_to_the_last_bit(tmp_path, options):
     model, idx = small_gpt(**options), torch.randint(256, (2, 32))
     export(model, tmp_path / "exported")
@@ -426,7 +438,7 @@ def huggingface_gpt2(folder, **options):
     """A random GPT-2 of the transformers library, saved by it, with weights large enough for its logits to differ."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=300, n_positions=48, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, **options)
+    config = transformers.GPT2Config(vocab_size=300, n_positions=48, **options)
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -444,7 +456,8 @@ def test_the_transformers_library_computes_the_same_and_writes_the_same_text(tmp
     assert ours.config.tie_head == options.get("tie_word_embeddings", True)
     with torch.no_grad():
         torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
-        text = theirs.generate(idx, max_new_tokens=20, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(idx))
+        text = theirs.generate(idx, max_new_tokens=20, do_sample=False, pad_token_id=0,
+                               attention_mask=torch.ones_like(idx))
         assert torch.equal(ours.generate(idx, 20, temperature=0), text) and len(text[0].unique()) > 5
         export(ours, tmp_path / "exported")
         back = type(theirs).from_pretrained(tmp_path / "exported").eval()
@@ -506,23 +519,31 @@ def transpose(tensors):
     tensors["h.1.mlp.c_fc.weight"] = tensors["h.1.mlp.c_fc.weight"].T.contiguous()
 
 
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
 BAD_FOLDERS = {
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
-    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "no weights": (without("model.safetensors"), "has no model.safetensors"),
+    "no config": (without("config.json"), "has no config.json"),
     "cut": (cut, "truncated or no safetensors file.*get it again"),
     "not safetensors": (lambda f: (f / "model.safetensors").write_text("<html>"), "truncated or no safetensors file"),
     "tampered": (tamper, "not the file that model.safetensors.sha256"),
-    "missing": (change_tensors(lambda t: t.pop("h.0.ln_1.bias")), r"missing: transformer\.h\.0\.ln_1\.bias; left over: none"),
-    "left over": (change_tensors(lambda t: t.update(extra=torch.zeros(1))), r"missing: none; left over: transformer\.extra"),
+    "missing": (change_tensors(lambda t: t.pop("h.0.ln_1.bias")),
+                r"missing: transformer\.h\.0\.ln_1\.bias; left over: none"),
+    "left over": (change_tensors(lambda t: t.update(extra=torch.zeros(1))),
+                  r"missing: none; left over: transformer\.extra"),
     "transposed": (change_tensors(transpose), r"another shape: transformer\.h\.1\.mlp\.c_fc\.weight"),
     "not finite": (change_tensors(lambda t: t["ln_f.weight"].fill_(math.nan)), "ln_f.weight.*not finite"),
-    "a head of its own": (change_tensors(lambda t: t.update({"lm_head.weight": t["wte.weight"] + 1})), "tie_word_embeddings"),
+    "a head of its own": (change_tensors(lambda t: t.update({"lm_head.weight": t["wte.weight"] + 1})),
+                          "tie_word_embeddings"),
     "too many layers": (change_config(n_layer=3), r"missing: transformer\.h\.2.*and 7 more"),
     "no layers": (change_config(n_layer=...), "damaged, or not GPT-2's.*n_layer"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "damaged, or not GPT-2's"),
     "not json": (lambda f: (f / "config.json").write_bytes(b"\xff{"), "damaged, or not GPT-2's"),
     "another gelu": (change_config(activation_function="relu"), "not of a plain GPT-2 .activation_function=relu"),
     "another model": (change_config(model_type="llama"), "not of a plain GPT-2"),
+    "another width inside": (change_config(n_inner=99), "not of a plain GPT-2 .n_inner=99"),
     "heads that do not divide": (change_config(n_head=3), "divisible"),
 }
 
@@ -553,7 +574,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if name == "model.safetensors" and not self.path.startswith("/store"):
             self.send_response(302)
             self.send_header("Location", f"/store/{name}")
-            self.send_header("X-Linked-Etag", f'"{server.sha256}"')
+            if server.sha256:
+                self.send_header("X-Linked-Etag", f'"{server.sha256}"')
             self.send_header("Content-Length", "0")
             return self.end_headers()
         start = int((self.headers["Range"] or "bytes=0-")[6:-1])
@@ -573,7 +595,8 @@ def hub(hub_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {path.name: path.read_bytes() for path in hub_folder[0].iterdir()}
-    server.sha256, server.requests, server.cuts = hashlib.sha256(server.files["model.safetensors"]).hexdigest(), [], []
+    server.sha256 = hashlib.sha256(server.files["model.safetensors"]).hexdigest()
+    server.requests, server.cuts = [], []
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(gpt2_weights, "HUB", f"http://127.0.0.1:{server.server_port}" + "/{}/resolve/main/{}")
     monkeypatch.setattr(gpt2_weights, "HERE", tmp_path / "here")
@@ -586,8 +609,9 @@ def test_gpt2_is_downloaded_once_in_pieces_and_converted(hub, command, tmp_path,
     hub.cuts = [1000, 2000]
     rows = command("--teacher", "gpt2-medium", "--no-reference", "--steps", "1").rows
     assert [r["stage"] for r in rows] == ["teacher", "swapped", "distilled", "finetuned"]
-    folder, ranges = tmp_path / "here" / "data" / "gpt2-medium", [r for _, path, r in hub.requests if "/store" in path]
-    assert ranges == [None, "bytes=1000-", "bytes=3000-"] and hub.requests[0][1] == "/gpt2-medium/resolve/main/config.json"
+    folder = tmp_path / "here" / "data" / "gpt2-medium"
+    assert [r for _, path, r in hub.requests if "/store" in path] == [None, "bytes=1000-", "bytes=3000-"]
+    assert hub.requests[0][1] == "/gpt2-medium/resolve/main/config.json"
     assert {p.name for p in folder.iterdir()} == {name + end for name in hub.files for end in ("", ".sha256")}
     assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
     hub.files = {}
@@ -600,6 +624,14 @@ def test_a_download_that_is_not_what_the_hub_announced_is_refused_and_leaves_no_
     with pytest.raises(ValueError, match="another file, or a damaged one.*put it at"):
         command("--teacher", "gpt2")
     assert {p.name for p in (tmp_path / "here/data/gpt2").iterdir()} == {"config.json", "config.json.sha256"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_page_in_place_of_a_file_is_noticed_without_its_sha256_too(hub, command, tmp_path, name):
+    hub.files[name], hub.sha256 = b"<html>Log in to this network</html>", None
+    with pytest.raises(ValueError, match="another file, or a damaged one"):
+        command("--teacher", "gpt2")
+    assert not (tmp_path / "here/data/gpt2" / name).exists()
 
 
 def test_without_a_network_the_message_says_what_to_put_where(command, monkeypatch, tmp_path):
@@ -622,12 +654,15 @@ BAD_FLAGS = {
     "warmup in steps": (["--warmup", "100"], "--warmup 100.0 in"),
     "accum": (["--accum", "3"], "--batch-size 4 must be a multiple of --accum 3"),
     "no maps": (["--maps", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    "a name that is a path": (["--name", "../elsewhere"], "--name '../elsewhere' must be letters"),
+    "the name of the finetuned teacher": (["--name", "softmax"], "softmax is the name of the finetuned teacher"),
     "nothing to resume": (["--resume"], "no conversion at .*leave out --resume"),
 }
 
 
 @pytest.mark.parametrize("flags, words", BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
-def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, tmp_path, monkeypatch, flags, words, capsys):
+def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, tmp_path, monkeypatch, flags, words,
+                                                             capsys):
     monkeypatch.chdir(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
@@ -643,12 +678,14 @@ def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, 
 def test_results_of_another_teacher_are_not_mixed_in_and_other_flags_do_not_resume(command, tmp_path, text_dir):
     command("--no-reference", "--steps", "1")
     other = tmp_path / "other"
-    train(parse_config(TrainConfig, {}, [*MODEL, "--attention", "softmax", "--steps", "0", "--data", str(text_dir), "--out",
-                                         str(other)]))
+    flags = [*MODEL, "--attention", "softmax", "--steps", "0", "--data", str(text_dir), "--out", str(other)]
+    train(parse_config(TrainConfig, {}, flags))
     with pytest.raises(ValueError, match="results of another teacher.*--out"):
         command("--teacher", str(other), "--name", "second")
     with pytest.raises(ValueError, match="started with distill_steps=6: leave out --distill-steps"):
         command("--resume", "--distill-steps", "7")
+    with pytest.raises(ValueError, match="damaged, or of train_gpt.py"):
+        command("--out", str(other))
     (tmp_path / "table" / "hedgehog" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is damaged"):
         command("--resume")
@@ -657,9 +694,9 @@ def test_results_of_another_teacher_are_not_mixed_in_and_other_flags_do_not_resu
 def test_an_earlier_conversion_is_moved_aside(command, tmp_path):
     command("--no-reference", "--steps", "1")
     command("--no-reference", "--steps", "1", "--seed", "1")
-    table = tmp_path / "table"
+    table, stages = tmp_path / "table", ["teacher", "swapped", "distilled", "finetuned"]
     assert json.loads((table / "hedgehog-1" / "config.json").read_text())["config"]["seed"] == 0
-    assert [r["stage"] for r in json.loads((table / "summary.json").read_text())] == ["teacher", "swapped", "distilled", "finetuned"]
+    assert [r["stage"] for r in json.loads((table / "summary.json").read_text())] == stages
 
 
 def test_several_processes_are_sent_to_train_gpt(command, monkeypatch):
