@@ -6,6 +6,7 @@ import http.server
 import json
 import math
 import re
+import shutil
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
@@ -61,7 +62,7 @@ def teacher(text_dir, tmp_path_factory):
 def short_samples(monkeypatch):
     """The sample at the end of a training run would take most of the time here."""
     whole = GPT.generate
-    monkeypatch.setattr(GPT, "generate", lambda self, idx, n, *args, **kwargs: whole(self, idx, min(n, 20), *args, **kwargs))
+    monkeypatch.setattr(GPT, "generate", lambda self, idx, n, **options: whole(self, idx, min(n, 20), **options))
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ ADVERSARIES = {
     "products about the bound": lambda phi: 3e-19 * phi,
     "features of 1e30": lambda phi: 1e30 * phi,
     "a head without any feature": lambda phi: phi * (torch.arange(2)[:, None, None] == 0),
-    "a head collapsed to one feature": lambda phi: phi * ((torch.arange(2) < 1)[:, None, None] | (torch.arange(16) < 1)),
+    "a head collapsed to one feature": lambda phi: phi * (torch.arange(32).view(2, 1, 16) <= 16),
     "only the last key has features": lambda phi: phi * (torch.arange(phi.shape[2])[:, None] == phi.shape[2] - 1),
     "every other feature is zero": lambda phi: phi * (torch.arange(phi.shape[-1]) % 2),
     "one key outweighs all": lambda phi: phi * torch.where(torch.arange(phi.shape[2]) == 3, 1e15, 1.0)[:, None],
@@ -261,7 +262,10 @@ def test_a_conversion_leaves_what_a_reader_needs(command, tmp_path, teacher):
 def test_stage_1_trains_the_maps_alone_and_stage_2_everything(command, tmp_path, teacher):
     command("--no-reference")
     before = load_model(teacher / "best.pt")[0].state_dict()
-    maps = load_checkpoint(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")["model"]
+    checkpoint = load_checkpoint(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")
+    maps = checkpoint["model"]
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert sum(len(group["params"]) for group in groups) == len(checkpoint["optimizer"]["state"]) == 4
     assert len(maps) == 4 and all(".map_" in name for name in maps)
     assert not any(torch.equal(p, torch.eye(8).expand_as(p)) for p in maps.values())
     # At step 0 of stage 2 the model is the teacher and those maps.
@@ -279,6 +283,16 @@ def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch):
     command()
     whole, parts = tmp_path / "whole", tmp_path / "table"
     parts.rename(whole)
+    steps = dict(learned=0, trained=0)
+
+    def count(key, function, counts=lambda *args, **kwargs: True):
+        def counted(*args, **kwargs):
+            steps[key] += counts(*args, **kwargs)
+            return function(*args, **kwargs)
+        return counted
+    learns = (lambda *args, learn=False: learn)
+    monkeypatch.setattr(distill, "imitate", count("learned", distill.imitate, learns))
+    monkeypatch.setattr(train_gpt, "train_step", count("trained", train_gpt.train_step))
     # Stopped while the reference is finetuned, while the maps are distilled and while the result is finetuned.
     for module, n, flags in ((train_gpt, 2, []), (distill, 4, ["--resume"]), (train_gpt, 3, ["--resume"])):
         with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
@@ -287,6 +301,7 @@ def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch):
         assert stopped.value.code == 130
     assert load_checkpoint(parts / "hedgehog" / "finetuned" / "last.pt")["state"]["step"] == 3
     command("--resume")
+    assert steps == dict(learned=6, trained=2 * 4)  # none is made again
     for stage in ("hedgehog/distilled", "hedgehog/finetuned", "softmax/finetuned"):
         a, b = load_checkpoint(whole / stage / "last.pt"), load_checkpoint(parts / stage / "last.pt")
         assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
@@ -302,6 +317,7 @@ def test_the_result_is_sampled_and_trained_further(command, tmp_path, flags):
     out = tmp_path / "table" / "hedgehog" / "finetuned"
     assert sample(out, prompt="The fox", tokens=5, device="cpu", write=lambda text: None).startswith("The fox")
     saved = load_checkpoint(out / "last.pt")
+    assert any(".lora_" in name for name in saved["model"]) == bool(flags)
     longer = replace(TrainConfig(**saved["config"]), steps=6, resume=True, out=str(out))
     train(longer)
     assert load_checkpoint(out / "last.pt")["state"]["step"] == 6
@@ -356,6 +372,28 @@ def test_the_default_trains_its_teacher_first(tmp_path, monkeypatch, text_dir, c
     assert [r["name"] for r in rows] == ["teacher", "softmax"] + 3 * ["hedgehog"] + 3 * ["again"]
 
 
+def test_maps_start_from_the_identity_and_random_features_from_the_seed():
+    teacher = small_gpt(attention="softmax")
+    for scale in (1.0, 0.5):
+        maps = maps_of(swap(teacher, ConvertConfig(map_scale=scale)))
+        assert len(maps) == 4 and all(torch.equal(p, scale * torch.eye(8).expand(2, 8, 8)) for p in maps.values())
+    a, b, c = (swap(teacher, ConvertConfig(attention="performer", seed=seed)).state_dict() for seed in (1, 1, 2))
+    name = "transformer.h.0.attn.linear.map_q.projection"
+    assert torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])
+
+
+def test_the_ratio_is_to_the_best_teacher_finetuned_for_as_many_tokens(tmp_path):
+    results = convert_gpt2.Results(tmp_path)
+    for name, tokens, nats in (("softmax", 10, 2.0), ("softmax-2", 10, 1.9), ("softmax", 20, 1.0), ("elu", 10, 2.9)):
+        attention = name.split("-")[0]
+        row = dict(name=name, attention=attention, stage="finetuned", tokens=tokens)
+        results.add(**row, valid_nats=nats, valid_ppl=math.exp(nats))
+    lines = str(results).splitlines()
+    assert f"{math.e:.3f}" in lines[-1].split() and "1.000" in lines[2].split() and "1.000" in lines[3].split()
+    results.add(**row, valid_nats=1.9, valid_ppl=math.exp(1.9))  # in place of the last
+    assert len(convert_gpt2.Results(tmp_path).rows) == 4 and "1.000" in str(results).splitlines()[-1].split()
+
+
 def test_the_gpt2_preset_distils_for_two_epochs_of_the_papers_batch():
     c = parse_config(ConvertConfig, PRESETS, ["--preset", "gpt2"])
     assert c.distill_steps == 2 * (117_920_140 // (8 * 1024)) and (c.distill_batch_size, c.lr) == (8, 6e-4)
@@ -373,6 +411,7 @@ def test_low_rank_updates_start_at_nothing_train_alone_and_merge_into_plain_weig
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 2 and all(re.search(r"attn\.c_(attn|proj)\.lora_[AB]$", name) for name in trained)
     optimizer = train_gpt.make_optimizer(model, TrainConfig(lr=0.1), CPU)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
     model(idx, idx)[1].backward()
     optimizer.step()
     after = model(idx)[0]
@@ -637,7 +676,7 @@ def test_a_page_in_place_of_a_file_is_noticed_without_its_sha256_too(hub, comman
 def test_without_a_network_the_message_says_what_to_put_where(command, monkeypatch, tmp_path):
     monkeypatch.setattr(gpt2_weights, "HUB", "http://127.0.0.1:9/{}/{}")
     monkeypatch.setattr(gpt2_weights, "HERE", tmp_path)
-    with pytest.raises(ValueError, match=f"get http://.*/gpt2/config.json elsewhere and put it at {tmp_path}/data/gpt2"):
+    with pytest.raises(ValueError, match=f"get http://.*/gpt2/config.json elsewhere and put it at {tmp_path}/data/"):
         command("--teacher", "gpt2")
 
 
@@ -647,6 +686,7 @@ def test_without_a_network_the_message_says_what_to_put_where(command, monkeypat
 BAD_FLAGS = {
     "no teacher": (["--teacher", "nowhere"], "no teacher at nowhere: give one of gpt2"),
     "another vocabulary": (["--data", "other"], r"7 different tokens.*the teacher 256 \(bytes\).*--data"),
+    "another tokenizer": (["--data", "renamed"], r"256 different tokens \(letters\).*the teacher 256 \(bytes\)"),
     "too long": (["--block-size", "64"], "--block-size 64: the teacher knows 32 positions"),
     "no text": (["--data", "nothing"], "no prepared text in nothing.*prepare.py"),
     "negative": (["--distill-steps", "-1"], "--distill-steps -1"),
@@ -669,7 +709,10 @@ def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, 
     for name in ("train", "valid", "test"):
         np.zeros(100, "<u2").tofile(other / f"{name}.bin")
     meta = json.loads((text_dir / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps(meta | dict(vocab_size=7, tokens=dict.fromkeys(meta["tokens"], 100))))
+    counts = dict.fromkeys(meta["tokens"], 100)
+    (other / "meta.json").write_text(json.dumps(meta | dict(vocab_size=7, tokens=counts)))
+    shutil.copytree(text_dir, tmp_path / "renamed")
+    (tmp_path / "renamed" / "meta.json").write_text(json.dumps(meta | dict(tokenizer="letters")))
     with pytest.raises(SystemExit) as e:
         cli(lambda: command(*flags))
     assert e.value.code == 2 and re.search(words, capsys.readouterr().err) and not (tmp_path / "table").exists()
