@@ -21,13 +21,13 @@ import torch
 from tqdm import tqdm
 
 from distill import distill, faithfulness, load_maps, maps_of
-from gpt2_weights import GPT2, download_teacher, export, load_gpt2
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
     MAY_CHANGE_ON_RESUME, TrainConfig, cli, evaluate_splits, find_data, load_model, move_aside, opt, parse_config,
     peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json, train)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 
 
@@ -127,7 +127,7 @@ def load_teacher(config):
     """(a softmax GPT, the tokenizer it was trained with or None)."""
     name, path = config.teacher, Path(config.teacher or "runs/tiny-softmax")
     if name in GPT2:
-        path = download_teacher(name)
+        path = gpt2_files().download_teacher(name)
     elif not name and not (path / "summary.json").exists():
         print(f"no teacher in {path}: training it first")
         flags = ["--attention", "softmax", "--out", str(path), "--device", config.device]
@@ -136,13 +136,19 @@ def load_teacher(config):
         model, checkpoint = load_model(path if path.suffix == ".pt" else path / "best.pt")
         tokenizer = checkpoint["meta"]["tokenizer"]
     elif path.is_dir():
-        model, tokenizer = load_gpt2(path), None
+        model, tokenizer = gpt2_files().load_gpt2(path), None
     else:
         raise ValueError(f"no teacher at {path}: give one of {', '.join(GPT2)}, a folder with model.safetensors and "
                          "config.json, or a softmax run of train_gpt.py")
     if model.config.attention != "softmax":
         raise ValueError(f"the teacher {path} is linear already ({model.config.attention}): give one with softmax")
     return model, tokenizer
+
+
+def gpt2_files():
+    """gpt2_weights.py, imported late, so that a teacher of train_gpt.py does without safetensors."""
+    import gpt2_weights
+    return gpt2_weights
 
 
 def swap(teacher, config):
@@ -225,7 +231,7 @@ def convert(config):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("convert_gpt2.py is one process: start it with python, and continue its finetuned/ run with "
                          "torchrun train_gpt.py --resume")
-    if config.export and Path(config.export).exists():
+    if config.export and gpt2_files() and Path(config.export).exists():
         raise ValueError(f"--export {config.export} is there already: choose another folder or move it away")
     folder, name, say = table_folder(config), run_name(config), tqdm.write
     device, dtype, why = pick_device(config.device, config.dtype)
@@ -277,7 +283,7 @@ def convert(config):
         kept = ("parameters", "tokens", "best_step", "peak_gib", *before)
         results.add(**row, stage="finetuned", seconds=summary["train_seconds"], **{k: summary[k] for k in kept})
     if config.export:
-        export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
+        gpt2_files().export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
         say(f"wrote {config.export}")
     return results
 

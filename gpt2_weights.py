@@ -16,15 +16,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from data.prepare import USER_AGENT, download, sha256
 from hedgehog import GPT, GPTConfig
 from train_gpt import HERE, save_json, write_atomically
 
+try:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+except ImportError:
+    raise ValueError("GPT-2's files need safetensors: pip install safetensors") from None
+
 HUB = "https://huggingface.co/openai-community/{}/resolve/main/{}"
-GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 def download_teacher(name):

@@ -742,6 +742,14 @@ def test_an_earlier_conversion_is_moved_aside(command, tmp_path):
     assert [r["stage"] for r in json.loads((table / "summary.json").read_text())] == stages
 
 
+def test_a_teacher_of_train_gpt_needs_no_safetensors_and_an_export_says_that_it_does(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # what an import finds when it is not installed
+    monkeypatch.delitem(sys.modules, "gpt2_weights")
+    command("--no-reference", "--steps", "1")
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        command("--export", str(tmp_path / "exported"))
+
+
 def test_several_processes_are_sent_to_train_gpt(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="torchrun train_gpt.py --resume"):
