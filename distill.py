@@ -74,7 +74,7 @@ def faithfulness(model, tokens, config, device, autocast, loss=imitation_loss):
     total = 0
     for part in np.array_split(starts, math.ceil(len(starts) / config.batch_size)):
         idx = torch.from_numpy(np.stack([tokens[s:s + T] for s in part]).astype(np.int64)).to(device)
-        total += imitate(model, idx, autocast, loss).double() * len(part)
+        total += imitate(model, idx, autocast, loss).cpu().double() * len(part)
     cross_entropy, entropy = (total / len(starts)).T.tolist()
     return dict(cross_entropy=cross_entropy, entropy=entropy, kl=[c - e for c, e in zip(cross_entropy, entropy)])
 
