@@ -318,6 +318,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in the linear layers and norms, as in GPT-2; the feature maps have their own switch
+    tie_head: bool = True  # one matrix for the embedding and the output, as in GPT-2
     attention: str = "hedgehog"
     feature_bias: bool = False
     tie_qk: bool = False
@@ -352,10 +353,16 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         """x (B, T, C) -> (B, T, C). `cache`: this layer's dict, which holds the past and is updated in place."""
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))                          # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                              # each (B, H, T, D)
+        q, k, v = self.split_heads(x)
         y = self.softmax(q, k, v, cache) if self.linear is None else self.linear_cached(q, k, v, cache)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        return self.merge_heads(y)
+
+    def split_heads(self, x):
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))                          # (B, T, 3, H, D)
+        return qkv.permute(2, 0, 3, 1, 4)                                                 # q, k, v, each (B, H, T, D)
+
+    def merge_heads(self, y):
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))              # (B, T, C)
 
     def linear_cached(self, q, k, v, cache):
         # No dropout of attention weights here: linear attention never forms them.
@@ -419,7 +426,8 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        if config.tie_head:
+            self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):                # GPT-2: the sum of 2 n_layer branches keeps its variance

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from data.prepare import load_tokenizer, prepare_pydoc
 from hedgehog import ATTENTIONS, GPT, GPTConfig
+from lora import add_lora, merge_lora
 
 HERE = Path(__file__).resolve().parent
 
@@ -67,6 +68,7 @@ class TrainConfig:
     block_size: int = opt(256, "context length in tokens")
     dropout: float = opt(0.0, "on the embedding, the branches and, for softmax, the attention weights")
     bias: bool = opt(True, "biases in linear layers and norms")
+    tie_head: bool = opt(True, "one matrix for the embedding and the output")
     feature_bias: bool = opt(False, "bias in the feature maps")
     tie_qk: bool = opt(False, "one feature map for queries and keys")
     temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
@@ -82,6 +84,7 @@ class TrainConfig:
     weight_decay: float = opt(0.1, "on matrices only")
     beta2: float = opt(0.99, "AdamW's second moment")
     clip: float = opt(1.0, "largest norm of the gradient")
+    lora_rank: int = opt(0, "train low-rank updates of the attention's projections and nothing else; 0: all weights")
     seed: int = opt(0, "of the initial weights, the order of the data and dropout")
     # machine
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
@@ -93,7 +96,7 @@ class TrainConfig:
 
     def __post_init__(self):
         least = dict(steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, weight_decay=0,
-                     clip=0, seed=0)
+                     clip=0, seed=0, lora_rank=0)
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}")
@@ -112,7 +115,11 @@ PRESETS = {
 MAY_CHANGE_ON_RESUME = {"preset", "data", "out", "resume", "accum", "device", "compile", "eval_every", "prompt"}
 
 
-def parse_config(config_class, presets=None, argv=None):
+def saved_config(config):
+    return load_checkpoint(run_folder(config) / "last.pt")["config"]
+
+
+def parse_config(config_class, presets=None, argv=None, saved_config=saved_config, may_change=MAY_CHANGE_ON_RESUME):
     """Command line -> config. Flags come first, then the run that --resume goes on with, then the preset."""
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -125,14 +132,18 @@ def parse_config(config_class, presets=None, argv=None):
     parser.set_defaults(**(presets or {}).get(getattr(config, "preset", ""), {}))
     config = parser.parse_args(argv)
     if getattr(config, "resume", False):
-        saved = load_checkpoint(run_folder(config) / "last.pt")["config"]
+        saved = saved_config(config)
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume")})
         config = parser.parse_args(argv)
-        changed = [k for k, v in saved.items() if k not in MAY_CHANGE_ON_RESUME and getattr(config, k) != v]
-        if changed:
-            raise ValueError(f"this run was started with {', '.join(f'{k}={saved[k]}' for k in changed)}: leave out "
-                             f"{', '.join(map(flag, changed))} to resume it, or choose another --out")
+        refuse_changes(saved, config, may_change)
     return config_class(**vars(config))
+
+
+def refuse_changes(saved, config, may_change):
+    changed = [k for k, v in saved.items() if k not in may_change and getattr(config, k) != v]
+    if changed:
+        raise ValueError(f"this run was started with {', '.join(f'{k}={saved[k]}' for k in changed)}: leave out "
+                         f"{', '.join(map(flag, changed))} to resume it, or choose another --out")
 
 
 def run_folder(config):
@@ -250,6 +261,26 @@ def perplexity(nats):
     return math.exp(min(nats, 700))  # e^710 is beyond a float
 
 
+def evaluate_splits(model, data, block_size, batch_size, device, autocast):
+    """Nats and perplexity on the validation split, and on the test split if there is one, as summary.json has them."""
+    results = {}
+    for split in ("valid", "test"):
+        if split in data:
+            nats = evaluate(model, data[split], block_size, batch_size, device, autocast)
+            per_word = perplexity(nats * (len(data[split]) - 1) / data["meta"]["words"][split])
+            results |= {f"{split}_nats": nats, f"{split}_ppl": perplexity(nats), f"{split}_ppl_per_word": per_word}
+    return results
+
+
+def peak_gib(device):
+    return torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def over_processes(values, device, world):
     """The sums of a few floats over all processes."""
     if world == 1:
@@ -267,6 +298,8 @@ def make_optimizer(model, config, device):
     """AdamW. Matrices decay, vectors do not, and the feature maps are groups of their own for their learning rate."""
     groups = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         is_map, is_matrix = ".map_" in name, p.ndim >= 2 and not name.endswith("bias")    # a map's bias is (H, D)
         groups.setdefault((is_map, is_matrix), []).append(p)
     return torch.optim.AdamW(
@@ -329,7 +362,7 @@ def load_model(path, device="cpu"):
     checkpoint = load_checkpoint(path)
     try:
         model = GPT(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(merge_lora(checkpoint["model"]))
     except (TypeError, RuntimeError) as e:
         raise ValueError(damaged(path)) from e
     return model.to(device).eval(), checkpoint
@@ -353,7 +386,8 @@ class Log:
 
     columns = ("step", "tokens", "lr", "train_nats", "valid_nats", "valid_ppl", "seconds", "tokens_per_second")
 
-    def __init__(self, path, start):
+    def __init__(self, path, start, columns=columns):
+        self.columns = columns
         kept = io.StringIO(newline="")
         writer = csv.DictWriter(kept, self.columns)
         writer.writeheader()
@@ -366,8 +400,10 @@ class Log:
 
     def row(self, step, tokens_per_step, lr, state, nats, tokens_per_second):
         train_nats = state["loss_sum"] / max(1, state["loss_count"])                      # the mean since the last row
-        row = (step, step * tokens_per_step, lr, train_nats, nats, perplexity(nats), state["seconds"],
-               tokens_per_second)
+        self.write((step, step * tokens_per_step, lr, train_nats, nats, perplexity(nats), state["seconds"],
+                    tokens_per_second))
+
+    def write(self, row):
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in zip(self.columns, row)})
         self.file.flush()
 
@@ -405,8 +441,11 @@ def stop_if_not_finite(value, step, config):
                          "lower --lr or lengthen --warmup")
 
 
-def train(config):
-    """Train, evaluate, save and sample as `config` says. Returns what is also written to summary.json."""
+def train(config, model=None):
+    """Train, evaluate, save and sample as `config` says. Returns what is also written to summary.json.
+
+    model: the GPT to start from, of the shape that `config` says; default: a new one.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
     device, dtype, why = pick_device(config.device, config.dtype)
     if world > 1 and not dist.is_initialized():
@@ -416,7 +455,7 @@ def train(config):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of --accum {config.accum} x {world} "
                          "processes")
     data, out = find_data(config, rank, world), run_folder(config)
-    raw, optimizer, state = build(config, data["meta"], device)
+    raw, optimizer, state = build(config, data["meta"], device, model)
     tokenizer = load_tokenizer(data["meta"]["tokenizer"])  # now, and not after hours: what cannot work fails here
     prompt = encode_prompt(tokenizer, config.prompt)
     if rank == 0:
@@ -490,11 +529,15 @@ def find_data(config, rank, world):
     return load_data(folder, config.block_size)
 
 
-def build(config, meta, device):
-    """(model, optimizer, state of the run), new from the seed or from last.pt."""
+def build(config, meta, device, model=None):
+    """(model, optimizer, state of the run): new from the seed, or `model`, or from last.pt."""
     torch.manual_seed(config.seed)
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"}
-    model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape)).to(device)
+    if model is None:
+        model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
+    model = model.to(device)
     optimizer = make_optimizer(model, config, device)
     if not config.resume:
         return model, optimizer, dict(step=0, best=math.inf, loss_sum=0.0, loss_count=0, seconds=0.0)
@@ -511,11 +554,15 @@ def build(config, meta, device):
 def start_folder(out, config, model, meta, say):
     """Make the run folder. A run that is already there is moved aside, never overwritten."""
     if not config.resume and (out / "last.pt").exists():
-        aside = next(p for i in range(1, 10 ** 6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
-        out.rename(aside)
-        say(f"{out} held an earlier run: it is now {aside}")
+        move_aside(out, say)
     out.mkdir(parents=True, exist_ok=True)
     save_json(out / "config.json", dict(asdict(config), model=asdict(model.config), meta=meta, **provenance()))
+
+
+def move_aside(out, say):
+    aside = next(p for i in range(1, 10 ** 6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
+    out.rename(aside)
+    say(f"{out} held an earlier run: it is now {aside}")
 
 
 def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second):
@@ -526,13 +573,9 @@ def finish(config, model, data, out, device, autocast, micro, state, tokens_per_
     meta, trained = data["meta"], config.steps * config.batch_size * config.block_size
     summary = dict(attention=config.attention, parameters=sum(p.numel() for p in model.parameters()),
                    steps=config.steps, tokens=trained, best_step=best["state"]["step"], unit=meta["unit"])
-    for split in ("valid", "test"):
-        if split in data:
-            nats = evaluate(model, data[split], config.block_size, micro, device, autocast)
-            per_word = perplexity(nats * (len(data[split]) - 1) / meta["words"][split])
-            summary |= {f"{split}_nats": nats, f"{split}_ppl": perplexity(nats), f"{split}_ppl_per_word": per_word}
-    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-    summary |= dict(tokens_per_second=tokens_per_second, train_seconds=state["seconds"], peak_gib=peak, **provenance())
+    summary |= evaluate_splits(model, data, config.block_size, micro, device, autocast)
+    summary |= dict(tokens_per_second=tokens_per_second, train_seconds=state["seconds"], peak_gib=peak_gib(device),
+                    **provenance())
     save_json(out / "summary.json", summary)
     return summary
 

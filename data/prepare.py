@@ -53,6 +53,8 @@ WIKITEXT103_MIRRORS = (
 WIKITEXT103_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 WIKITEXT103_GPT2_TOKENS = {"train": 117_920_140, "valid": 249_887, "test": 286_221}
 
+USER_AGENT = {"User-Agent": "hedgehog-prepare/1.0"}   # the first mirror refuses Python's own name
+
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what to do about it."""
@@ -294,10 +296,10 @@ def prepare_pydoc(out_dir, tokenizer=None, **options):
     return prepare({"train": [text]}, out_dir, tokenizer or load_tokenizer("bytes"), sources, **options)
 
 
-def fetch(url, part):
-    """One request for what `part` still lacks of the zip at url."""
+def fetch(url, part, is_whole):
+    """One request for what `part` still lacks of the file at url."""
     start = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "hedgehog-prepare/1.0"}   # the first mirror refuses Python's own name
+    headers = dict(USER_AGENT)
     if start:
         headers["Range"] = f"bytes={start}-"
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
@@ -313,20 +315,21 @@ def fetch(url, part):
                 bar.update(len(chunk))
     if total and part.stat().st_size < total:      # http.client reports a cut connection as an ordinary end
         raise OSError(f"connection cut at {part.stat().st_size:,} of {total:,} bytes")
-    if not zipfile.is_zipfile(part):
+    if not is_whole(part):
         part.unlink()                              # or every later run would continue it
-        raise OSError("what came is not a zip file")
+        raise OSError("what came is another file, or a damaged one")
 
 
-def download_zip(mirrors, path):
+def download(mirrors, path, is_whole, remedy):
+    """The file at one of the urls, as `path`. is_whole(part) says whether a part is all of it, and as it should be."""
     failures = []
     for url in mirrors:
-        # A part file for each mirror: nobody promises that their zips are the same bytes.
+        # A part file for each mirror: nobody promises that their files are the same bytes.
         part = path.with_name(f"{path.name}.{urllib.parse.urlsplit(url).netloc.replace(':', '-')}.part")
-        while not zipfile.is_zipfile(part):
+        while not (part.exists() and is_whole(part)):
             before = part.stat().st_size if part.exists() else 0
             try:
-                fetch(url, part)
+                fetch(url, part, is_whole)
             except (OSError, HTTPException) as error:
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise
@@ -338,8 +341,8 @@ def download_zip(mirrors, path):
         else:
             os.replace(part, path)
             return
-    raise InputError(f"no mirror delivered the data ({'; '.join(failures)}). Run this again to continue, or get "
-                     f"wikitext-103-raw-v1.zip elsewhere and put it at {path} or name it with --zip FILE")
+    raise InputError(f"no mirror delivered {path.name} ({'; '.join(failures)}). Run this again to continue, or "
+                     f"{remedy}")
 
 
 def prepare_wikitext103(out_dir, tokenizer, zip_path=None, **options):
@@ -348,7 +351,8 @@ def prepare_wikitext103(out_dir, tokenizer, zip_path=None, **options):
         zip_path = out_dir / "wikitext-103-raw-v1.zip"
         if not zip_path.exists():
             out_dir.mkdir(parents=True, exist_ok=True)
-            download_zip(WIKITEXT103_MIRRORS, zip_path)
+            download(WIKITEXT103_MIRRORS, zip_path, zipfile.is_zipfile, "get wikitext-103-raw-v1.zip elsewhere and put "
+                     f"it at {zip_path} or name it with --zip FILE")
     zip_source = source(zip_path)
     print(f"{zip_path}: sha256 {zip_source['sha256']}")
     try:

@@ -1,0 +1,317 @@
+"""Turn a trained softmax GPT-2 into a Hedgehog GPT-2: distil its attention into feature maps, then finetune.
+
+    python convert_gpt2.py                                 the tiny softmax model of train_gpt.py, trained if need be
+    python convert_gpt2.py --attention t2r                 the same with another feature map
+    python convert_gpt2.py --distill-steps 0               the same without distillation
+    python convert_gpt2.py --preset gpt2                   GPT-2 124M on WikiText-103, the paper's experiment
+
+The teacher is GPT-2 from the Hugging Face hub, a folder that holds its two files, or a run of train_gpt.py. All
+results go into one summary.json in --out, where each conversion has a folder: in it distilled/ holds the maps alone,
+and finetuned/ is a run of train_gpt.py: sample.py writes with it, and train_gpt.py --resume goes on with it.
+"""
+
+import json
+import os
+import re
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from distill import distill, faithfulness, load_maps, maps_of
+from hedgehog import ATTENTIONS, GPT, GPTConfig
+from train_gpt import (
+    MAY_CHANGE_ON_RESUME, TrainConfig, cli, evaluate_splits, find_data, load_model, move_aside, opt, parse_config,
+    peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json, train)
+from train_gpt import PRESETS as TRAIN_PRESETS
+
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
+
+
+@dataclass
+class ConvertConfig:
+    preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "gpt2"))
+    teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json; a run or .pt file of "
+                       "train_gpt.py. Default: runs/tiny-softmax, trained if it is not there")
+    attention: str = opt("hedgehog", "the feature map; softmax: only finetune the teacher", ATTENTIONS)
+    data: str = opt("", "folder made by data/prepare.py; default: data/pydoc, made on the fly")
+    out: str = opt("", "folder of the results; default: runs/convert-PRESET")
+    name: str = opt("", "of this conversion, its folder in --out; default: its --attention")
+    resume: bool = opt(False, "go on with the conversion in --out; flags not given are taken from it")
+    reference: bool = opt(True, "first finetune the teacher as well, unless --out has such a row")
+    export: str = opt("", "also write the result there, as model.safetensors and config.json")
+    # the new model
+    block_size: int = opt(0, "context length in tokens; 0: the teacher's")
+    feature_bias: bool = opt(False, "bias in the feature maps")
+    tie_qk: bool = opt(False, "one feature map for queries and keys")
+    map_scale: float = opt(1.0, "feature maps start from this times the identity")
+    temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
+    chunk_size: int = opt(64, "tokens whose attention weights are formed at once")
+    segment_size: int = opt(256, "tokens whose features are held at once while finetuning; 0: all, more memory")
+    dropout: float = opt(0.0, "while finetuning")
+    # stage 1: the maps alone learn to imitate softmax's weights
+    maps: str = opt("", "start from the maps of this checkpoint: a distilled/last.pt, or any of a model like this one")
+    distill_steps: int = opt(400, "optimizer steps of stage 1; 0: no distillation")
+    distill_batch_size: int = opt(8, "sequences a step of stage 1")
+    distill_lr: float = opt(1e-2, "peak learning rate of stage 1")
+    # stage 2: the language-modelling loss, as in train_gpt.py
+    steps: int = opt(300, "optimizer steps of stage 2; 0: no finetuning")
+    batch_size: int = opt(8, "sequences a step of stage 2")
+    accum: int = opt(1, "micro-batches a step of stage 2; doubling it halves the memory, not the batch")
+    lr: float = opt(6e-4, "peak learning rate of stage 2")
+    map_lr_scale: float = opt(1.0, "learning rate of the feature maps in stage 2, times --lr")
+    weight_decay: float = opt(0.1, "on matrices, in stage 2")
+    lora_rank: int = opt(0, "train low-rank updates of the attention's projections and nothing else; 0: all weights")
+    # both
+    warmup: float = opt(0.05, "part of the steps of each stage in which the learning rate rises")
+    beta2: float = opt(0.999, "AdamW's second moment")
+    clip: float = opt(1.0, "largest norm of the gradient; in stage 1 of each layer's")
+    seed: int = opt(0, "of the order of the data and dropout")
+    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = opt("auto", "of the matrix products; maps and stage 1's loss are float32 always",
+                     ("auto", "float32", "bfloat16"))
+    compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
+    eval_every: int = opt(100, "steps between evaluations, each of which also writes a checkpoint")
+    prompt: str = opt("The ", "beginning of the sample at the end")
+
+    def __post_init__(self):
+        if not (self.distill_steps >= 0 and self.block_size >= 0 and 0 <= self.warmup <= 1):
+            raise ValueError(f"--distill-steps {self.distill_steps} and --block-size {self.block_size} must be at "
+                             f"least 0 and --warmup {self.warmup} in [0, 1]")
+        if self.name == "softmax" != self.attention or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
+            raise ValueError(f"--name {self.name!r} must be letters, digits and . + = - _ and begin with one of the "
+                             "first; softmax is the name of the finetuned teacher")
+        if self.batch_size % max(1, self.accum):
+            raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accum {self.accum}")
+
+
+PRESETS = {
+    # Small steps of a small model: it learns more in two minutes at these rates than at the paper's.
+    "tiny": dict(distill_batch_size=4, distill_lr=3e-2, lr=2e-3),
+    # Distil 2 epochs of 118M tokens, 8 x 1,024 a step, then train all weights at 6e-4: the paper. Its batch and length
+    # of the second stage are not known to us: one epoch of the same batch here.
+    "gpt2": dict(teacher="gpt2", data="data/wikitext103", distill_steps=2 * 14394, steps=14394, eval_every=1000,
+                 chunk_size=128, segment_size=0, compile=True),
+}
+
+
+def table_folder(config):
+    return Path(config.out or f"runs/convert-{config.preset}")
+
+
+def run_name(config):
+    undistilled = config.attention != "softmax" and not config.distill_steps and not config.maps
+    return config.name or config.attention + ("-undistilled" if undistilled else "")
+
+
+def saved_config(config):
+    path = table_folder(config) / run_name(config) / "config.json"
+    try:
+        saved = json.loads(path.read_text())["config"]
+        return {f.name: saved[f.name] for f in fields(ConvertConfig)}
+    except FileNotFoundError:
+        raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name or "
+                         "--attention") from None
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path} is damaged: leave out --resume to begin again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher
+
+
+def load_teacher(config):
+    """(a softmax GPT, the tokenizer it was trained with or None)."""
+    name, path = config.teacher, Path(config.teacher or "runs/tiny-softmax")
+    if name in GPT2:
+        path = gpt2_files().download_teacher(name)
+    elif not name and not (path / "summary.json").exists():
+        print(f"no teacher in {path}: training it first")
+        flags = ["--attention", "softmax", "--out", str(path), "--device", config.device]
+        train(parse_config(TrainConfig, TRAIN_PRESETS, flags + ["--resume"] * (path / "last.pt").exists()))
+    if path.suffix == ".pt" or (path / "best.pt").exists():
+        model, checkpoint = load_model(path if path.suffix == ".pt" else path / "best.pt")
+        tokenizer = checkpoint["meta"]["tokenizer"]
+    elif path.is_dir():
+        model, tokenizer = gpt2_files().load_gpt2(path), None
+    else:
+        raise ValueError(f"no teacher at {path}: give one of {', '.join(GPT2)}, a folder with model.safetensors and "
+                         "config.json, or a softmax run of train_gpt.py")
+    if model.config.attention != "softmax":
+        raise ValueError(f"the teacher {path} is linear already ({model.config.attention}): give one with softmax")
+    return model, tokenizer
+
+
+def gpt2_files():
+    """gpt2_weights.py, imported late, so that a teacher of train_gpt.py does without safetensors."""
+    import gpt2_weights
+    return gpt2_weights
+
+
+def swap(teacher, config):
+    """A GPT with the teacher's weights and linear attention: what is new in it is exactly the feature maps."""
+    block_size, longest = config.block_size or teacher.config.block_size, teacher.config.block_size
+    if block_size > longest:
+        raise ValueError(f"--block-size {block_size}: the teacher knows {longest} positions, take at most that")
+    options = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+    torch.manual_seed(config.seed)  # performer draws its features
+    student = GPT(replace(teacher.config, **options | {"block_size": block_size}))
+    weights = teacher.state_dict()
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
+    new, left = student.load_state_dict(weights, strict=False)
+    assert not left and all(".map_" in name for name in new)
+    with torch.no_grad():
+        for name, p in maps_of(student).items():
+            if name.endswith("weight"):
+                p.mul_(config.map_scale)
+    if config.maps:
+        load_maps(student, config.maps)
+    return student
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The conversion
+
+
+def stage_config(config, model, stage, **changes):
+    """The TrainConfig of a stage: the model's shape, and what both dataclasses call by the same name."""
+    shared = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if hasattr(config, f.name)}
+    shape = {f.name: getattr(model.config, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
+    out = table_folder(config) / run_name(config) / stage
+    given = shared | shape | dict(preset="tiny", out=str(out)) | changes
+    resume = config.resume and (out / "last.pt").exists()  # or this stage had not begun
+    return TrainConfig(**given | dict(warmup=round(config.warmup * given["steps"]), resume=resume))
+
+
+class Results:
+    """summary.json of --out: a row for each stage of each conversion, whatever run made it."""
+
+    def __init__(self, folder):
+        self.path = folder / "summary.json"
+        self.rows = []
+        if self.path.exists():
+            try:
+                self.rows = json.loads(self.path.read_text())
+                assert all(row["stage"] and row["name"] for row in self.rows)
+            except (ValueError, TypeError, LookupError, AssertionError):
+                raise ValueError(f"{self.path} is damaged, or of train_gpt.py: choose another --out") from None
+
+    def find(self, **values):
+        return [row for row in self.rows if values.items() <= row.items()]
+
+    def add(self, **row):
+        replaced = self.find(name=row["name"], stage=row["stage"], tokens=row["tokens"])
+        row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance()
+        self.rows = [r for r in self.rows if r not in replaced] + [row]
+        save_json(self.path, self.rows)
+        tqdm.write(f"{row['name']}, {row['stage']}: valid {row['valid_nats']:.4f} nats, "
+                   f"perplexity {row['valid_ppl']:.2f}")
+
+    def __str__(self):
+        """The table. The ratio is that of perplexities, to the best teacher that was finetuned for as many tokens."""
+        head = ("name", "stage", "tokens", "nats", "valid ppl", "test ppl", "ratio", "seconds")
+        form = "{:24}{:10}{:>13}{:>9}{:>11}{:>11}{:>8}{:>9}".format
+        lines = [form(*head)]
+        for r in self.rows:
+            tokens = dict(tokens=r["tokens"]) if r["stage"] == "finetuned" else {}
+            finetuned = self.find(attention="softmax", stage="finetuned", **tokens)
+            ppl = "valid_ppl" if r["test_ppl"] is None else "test_ppl"
+            ratio = r[ppl] / min(finetuned, key=lambda r: r["valid_nats"])[ppl] if finetuned else None
+            numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (ratio, 3), (r["seconds"], 0))
+            lines.append(form(r["name"], r["stage"], f"{r['tokens']:,}",
+                              *("-" if x is None else f"{x:.{digits}f}" for x, digits in numbers)))
+        return "\n".join(lines)
+
+
+def convert(config):
+    """Teacher, swapped, distilled, finetuned, and a row of the results after each. Returns the Results of --out."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("convert_gpt2.py is one process: start it with python, and continue its finetuned/ run with "
+                         "torchrun train_gpt.py --resume")
+    if config.export and gpt2_files() and Path(config.export).exists():
+        raise ValueError(f"--export {config.export} is there already: choose another folder or move it away")
+    folder, name, say = table_folder(config), run_name(config), tqdm.write
+    device, dtype, why = pick_device(config.device, config.dtype)
+    autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
+    find_data(config, rank=0, world=1)  # what it lacks is better told before a download than after
+    teacher, tokenizer = load_teacher(config)
+    student = swap(teacher, config)
+    stage1 = stage_config(config, student, "distilled", steps=config.distill_steps, accum=1, lr=config.distill_lr,
+                          batch_size=config.distill_batch_size, map_lr_scale=1.0, weight_decay=0.0, lora_rank=0)
+    stage2 = stage_config(config, student, "finetuned")
+    data = find_text(stage2, teacher, tokenizer)
+
+    def measure(model):
+        batch = config.batch_size // config.accum
+        return evaluate_splits(model.to(device).eval(), data, stage2.block_size, batch, device, autocast)
+
+    say(f"{name}: {config.teacher or 'the tiny softmax model'} with {config.attention} attention, on {why}")
+    results, base = Results(folder), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
+    before = measure(teacher)
+    del teacher
+    for row in results.find(**base):
+        if abs(row["valid_nats"] - before["valid_nats"]) > 0.01:  # a GPU and a CPU differ by less
+            raise ValueError(f"{folder} holds results of another teacher, text or block size: choose another --out")
+    start_run(folder / name, config, say)
+    if not results.find(**base):
+        results.add(**base, **before)
+    same = dict(attention="softmax", stage="finetuned", tokens=config.steps * config.batch_size * stage2.block_size)
+    if config.reference and config.attention != "softmax" and config.steps and not results.find(**same):
+        say("first the teacher, finetuned for as many steps, is what the result is compared with")
+        reference = replace(config, attention="softmax", name="", maps="", export="")
+        results = convert(replace(reference, resume=config.resume and was_begun(reference)))
+
+    row = dict(name=name, attention=config.attention)
+    if config.attention != "softmax":
+        student, learns = student.to(device), bool(maps_of(student))
+        if not config.maps:
+            kl = faithfulness(student, data["valid"], stage1, device, autocast)
+            results.add(**row, stage="swapped", tokens=0, **measure(student), **kl)
+        if config.distill_steps and not learns:
+            say(f"{config.attention} has no parameters that could be distilled: stage 1 is skipped")
+        elif config.distill_steps or config.maps:
+            reset_peak(device)
+            seconds, kl = distill(student, data, stage1, device, autocast, say)
+            cost = dict(tokens=stage1.steps * stage1.batch_size * stage1.block_size, peak_gib=peak_gib(device))
+            results.add(**row, stage="distilled", **measure(student), **kl, seconds=seconds, **cost)
+    reset_peak(device)
+    summary = train(stage2, student)
+    if config.steps:
+        kept = ("parameters", "tokens", "best_step", "peak_gib", *before)
+        results.add(**row, stage="finetuned", seconds=summary["train_seconds"], **{k: summary[k] for k in kept})
+    if config.export:
+        gpt2_files().export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
+        say(f"wrote {config.export}")
+    return results
+
+
+def find_text(config, teacher, tokenizer):
+    data = find_data(config, rank=0, world=1)
+    meta, vocab_size = data["meta"], teacher.config.vocab_size
+    if meta["vocab_size"] != vocab_size or tokenizer not in (None, meta["tokenizer"]):
+        raise ValueError(f"the text has {meta['vocab_size']} different tokens ({meta['tokenizer']}), the teacher "
+                         f"{vocab_size} ({tokenizer or 'tokenizer unknown'}): make a text for it with data/prepare.py "
+                         "and --tokenizer, and name its folder with --data")
+    return data
+
+
+def was_begun(config):
+    try:
+        refuse_changes(saved_config(config), config, MAY_CHANGE)
+    except ValueError:
+        return False
+    return True
+
+
+def start_run(run, config, say):
+    if run.exists() and not config.resume:
+        move_aside(run, say)
+    run.mkdir(parents=True, exist_ok=True)
+    save_json(run / "config.json", dict(config=asdict(config), **provenance()))
+
+
+if __name__ == "__main__":
+    cli(lambda: print(convert(parse_config(ConvertConfig, PRESETS, None, saved_config, MAY_CHANGE))))

@@ -1,0 +1,756 @@
+"""Conversion: the loss is the paper's and has its floor, weights come and go unharmed, every stage can be resumed."""
+
+import csv
+import hashlib
+import http.server
+import json
+import math
+import re
+import shutil
+import sys
+import threading
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import convert_gpt2
+import distill
+import gpt2_weights
+import train_gpt
+from convert_gpt2 import PRESETS, ConvertConfig, convert, saved_config, swap
+from data.prepare import main as prepare_main
+from distill import imitate, imitation_loss, maps_of
+from gpt2_weights import export, load_gpt2
+from hedgehog import GPT, FeatureMap, GPTConfig
+from lora import add_lora, merge_lora
+from sample import sample
+from train_gpt import TrainConfig, cli, load_checkpoint, load_model, parse_config, train
+
+MODEL = "--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --device cpu".split()
+SMALL = ("--steps 4 --distill-steps 6 --batch-size 4 --distill-batch-size 4 --eval-every 3 --segment-size 16 "
+         "--chunk-size 8 --device cpu").split()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def text_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    text = folder / "story.txt"
+    text.write_text("".join(f"The hedgehog counts {i} apples, and the fox counts {i * i % 97}.\n" for i in range(60)))
+    assert prepare_main([str(text), "--test", str(text), "--out", str(folder / "bin")]) == 0
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def teacher(text_dir, tmp_path_factory):
+    """A run of train_gpt.py with softmax attention, trained long enough that its attention is not uniform."""
+    out = tmp_path_factory.mktemp("teacher") / "softmax"
+    flags = [*MODEL, "--attention", "softmax", "--steps", "60", "--eval-every", "60", "--warmup", "5", "--lr", "1e-2"]
+    train(parse_config(TrainConfig, {}, [*flags, "--data", str(text_dir), "--out", str(out)]))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """The sample at the end of a training run would take most of the time here."""
+    whole = GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda self, idx, n, **options: whole(self, idx, min(n, 20), **options))
+
+
+@pytest.fixture
+def command(text_dir, teacher, tmp_path):
+    """convert_gpt2.py with these flags, on the small teacher. Returns its Results."""
+    def run(*flags):
+        argv = [*SMALL, "--teacher", str(teacher), "--data", str(text_dir), "--out", str(tmp_path / "table"), *flags]
+        if "--resume" in flags:
+            argv = ["--out", str(tmp_path / "table"), *flags]
+        return convert(parse_config(ConvertConfig, PRESETS, argv, saved_config, convert_gpt2.MAY_CHANGE))
+    return run
+
+
+def small_gpt(seed=0, **options):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**dict(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=16) | options))
+    with torch.no_grad():
+        for p in model.parameters():  # GPT-2's start is so near zero that every attention is uniform
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+@contextmanager
+def stop_after(n):
+    """Stands in for `interrupts`: Ctrl-C arrives during step n."""
+    class Received(list):
+        seen = 0
+
+        def __bool__(self):
+            self.seen += 1
+            return self.seen >= n
+
+        __len__ = __bool__
+    yield Received()
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def loss_by_hand(q, k, phi_q, phi_k):
+    """One query and one key after the other, as the equation is written."""
+    cross_entropy, entropy, n = 0.0, 0.0, 0
+    for b, h, i in np.ndindex(q.shape[:3]):
+        s = torch.stack([q[b, h, i] @ k[b, h, j] / math.sqrt(q.shape[-1]) for j in range(i + 1)])
+        a = torch.stack([phi_q[b, h, i] @ phi_k[b, h, j] for j in range(i + 1)])
+        p = s.exp() / s.exp().sum()
+        cross_entropy, entropy, n = cross_entropy - p @ (a / a.sum()).log(), entropy - p @ p.log(), n + 1
+    return cross_entropy / n, entropy / n
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_equation():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 3, 7, 4, dtype=torch.float64)
+    maps = [FeatureMap(3, 4).double() for _ in range(2)]
+    for m in maps:
+        m.weight.data.add_(0.5 * torch.randn_like(m.weight))
+    gradients = []
+    for function in (imitation_loss, loss_by_hand):
+        losses = function(q, k, maps[0](q), maps[1](k))
+        gradients.append([*losses, *torch.autograd.grad(losses[0], [m.weight for m in maps])])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+ADVERSARIES = {
+    "no feature at all": lambda phi: 0 * phi,
+    "features of 1e-30": lambda phi: 1e-30 * phi,
+    "products about the bound": lambda phi: 3e-19 * phi,
+    "features of 1e30": lambda phi: 1e30 * phi,
+    "a head without any feature": lambda phi: phi * (torch.arange(2)[:, None, None] == 0),
+    "a head collapsed to one feature": lambda phi: phi * (torch.arange(32).view(2, 1, 16) <= 16),
+    "only the last key has features": lambda phi: phi * (torch.arange(phi.shape[2])[:, None] == phi.shape[2] - 1),
+    "every other feature is zero": lambda phi: phi * (torch.arange(phi.shape[-1]) % 2),
+    "one key outweighs all": lambda phi: phi * torch.where(torch.arange(phi.shape[2]) == 3, 1e15, 1.0)[:, None],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spoil", ADVERSARIES.values(), ids=ADVERSARIES.keys())
+@pytest.mark.parametrize("sides", ["both", "keys"])
+def test_no_maps_bring_the_loss_below_the_teachers_entropy(dtype, spoil, sides):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 40, 8, dtype=dtype)
+    phi_q, phi_k = (torch.rand(1, 2, 40, 16, dtype=dtype, requires_grad=True) for _ in range(2))
+    cross_entropy, entropy = imitation_loss(q, k, spoil(phi_q) if sides == "both" else phi_q, spoil(phi_k))
+    assert 1 < entropy < math.log(40) and cross_entropy >= entropy and cross_entropy.isfinite()
+    for gradient in torch.autograd.grad(cross_entropy, (phi_q, phi_k)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_optimizer_that_only_wants_a_small_loss_stays_above_the_entropy(dtype):
+    torch.manual_seed(0)
+    q, k = 3 * torch.randn(2, 1, 2, 12, 8, dtype=dtype)
+    # As many features as keys: these can become softmax itself. Their scale is free, which is where it went wrong.
+    log_phi = torch.full((2, 1, 2, 12, 12), -16.0, dtype=dtype).add_(torch.randn(2, 1, 2, 12, 12, dtype=dtype))
+    log_phi.requires_grad_(True)
+    optimizer = torch.optim.Adam([log_phi], lr=0.3)
+    for _ in range(300):
+        cross_entropy, entropy = imitation_loss(q, k, *log_phi.exp())
+        assert cross_entropy >= entropy - 1e-5
+        optimizer.zero_grad()
+        cross_entropy.backward()
+        optimizer.step()
+    assert cross_entropy < entropy + 0.1  # and it did come near
+
+
+def test_maps_that_are_softmax_itself_reach_the_floor():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 9, 4, dtype=torch.float64)
+    phi_q, phi_k = (q @ k.mT / 2).exp(), torch.eye(9, dtype=torch.float64).expand(1, 2, 9, 9)
+    cross_entropy, entropy = imitation_loss(q, k, 1e-14 * phi_q, 1e-14 * phi_k)  # at any scale
+    torch.testing.assert_close(cross_entropy, entropy, rtol=1e-12, atol=0)
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+def spoilt_maps(model):
+    with torch.no_grad():
+        for p in maps_of(model).values():
+            p.add_(torch.randn_like(p))
+    return model
+
+
+def test_every_layer_is_compared_with_what_the_teacher_computes():
+    softmax = small_gpt(attention="softmax").double()
+    student = spoilt_maps(swap(softmax, ConvertConfig())).double()
+    seen = []
+    for block in softmax.transformer.h:
+        block.attn.c_attn.register_forward_hook(lambda module, args, out: seen.append(out))
+    idx = torch.randint(256, (3, 32))
+    softmax(idx)
+    losses = imitate(student.eval(), idx, nullcontext())
+    for block, c_attn, loss in zip(student.transformer.h, seen, losses, strict=True):
+        q, k, _ = c_attn.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        expected = imitation_loss(q, k, block.attn.linear.map_q(q), block.attn.linear.map_k(k))
+        torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-10, atol=0)
+    assert losses[1, 0] > losses[1, 1] + 0.01
+
+
+@pytest.mark.parametrize("attention", ["hedgehog", "t2r"])
+def test_memory_of_a_distillation_step_does_not_grow_with_the_layers(attention):
+    class Held:
+        """A tensor that the graph keeps for the backward pass, for as long as it keeps it."""
+        now = peak = 0
+
+        def __init__(self, tensor):
+            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+            Held.now += self.size
+            Held.peak = max(Held.peak, Held.now)
+
+        def __del__(self):
+            Held.now -= self.size
+
+    peaks = []
+    for n_layer in (1, 2, 5):
+        model, Held.now, Held.peak = small_gpt(attention=attention, n_layer=n_layer), 0, 0
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            imitate(model, torch.randint(256, (2, 32)), nullcontext(), learn=True)
+        assert all(p.grad is not None for p in maps_of(model).values())
+        peaks.append(Held.peak)
+    weights = 2 * 2 * 32 * 32 * 4  # bytes of one (B, H, T, T) tensor: 384 MiB for GPT-2 124M at 8 x 1,024
+    assert weights < peaks[0] == peaks[1] == peaks[2] < 6 * weights
+
+
+def log_rows(path):
+    """What must not depend on how often a run was stopped: all but the clock."""
+    return [{k: v for k, v in row.items() if k != "seconds" and k != "tokens_per_second"}
+            for row in csv.DictReader(path.open())]
+
+
+def test_a_conversion_leaves_what_a_reader_needs(command, tmp_path, teacher):
+    results, out = command(), tmp_path / "table"
+    rows = json.loads((out / "summary.json").read_text())
+    assert rows == results.rows
+    assert [(r["name"], r["attention"], r["stage"], r["tokens"]) for r in rows] == [
+        ("teacher", "softmax", "teacher", 0), ("softmax", "softmax", "finetuned", 512),
+        ("hedgehog", "hedgehog", "swapped", 0), ("hedgehog", "hedgehog", "distilled", 768),
+        ("hedgehog", "hedgehog", "finetuned", 512)]
+    needed = {"valid_ppl", "test_ppl", "seconds", "peak_gib", "device", "command", "commit"}
+    assert all(needed <= r.keys() and math.isfinite(r["test_ppl"]) for r in rows)
+    _, _, swapped, distilled, finetuned = rows
+    for r in (swapped, distilled):
+        for c, e, kl in zip(r["cross_entropy"], r["entropy"], r["kl"], strict=True):
+            assert kl == c - e and kl > 0 and e > 0
+        assert len(r["kl"]) == 2
+    assert all(a < b for a, b in zip(distilled["kl"], swapped["kl"])) and distilled["entropy"] == swapped["entropy"]
+    log = log_rows(out / "hedgehog" / "distilled" / "log.csv")
+    assert [r["step"] for r in log] == ["0", "3", "6"]
+    assert [float(log[-1][f"kl_{i}"]) for i in range(2)] == pytest.approx(distilled["kl"], rel=1e-4)
+    assert rows[0]["valid_nats"] == pytest.approx(json.loads((teacher / "summary.json").read_text())["valid_nats"])
+    table = str(results).splitlines()
+    assert len(table) == 6 and f"{finetuned['test_ppl'] / rows[1]['test_ppl']:.3f}" in table[-1].split()
+
+
+def test_stage_1_trains_the_maps_alone_and_stage_2_everything(command, tmp_path, teacher):
+    command("--no-reference")
+    before = load_model(teacher / "best.pt")[0].state_dict()
+    checkpoint = load_checkpoint(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")
+    maps = checkpoint["model"]
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert sum(len(group["params"]) for group in groups) == len(checkpoint["optimizer"]["state"]) == 4
+    assert len(maps) == 4 and all(".map_" in name for name in maps)
+    assert not any(torch.equal(p, torch.eye(8).expand_as(p)) for p in maps.values())
+    # At step 0 of stage 2 the model is the teacher and those maps.
+    first = log_rows(tmp_path / "table" / "hedgehog" / "finetuned" / "log.csv")[0]
+    distilled = json.loads((tmp_path / "table" / "summary.json").read_text())[2]
+    assert float(first["valid_nats"]) == pytest.approx(distilled["valid_nats"], rel=1e-5)
+    path = str(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")
+    model = swap(load_model(teacher / "best.pt")[0], ConvertConfig(maps=path))
+    assert all(torch.equal(p, before.get(name, maps.get(name))) for name, p in model.state_dict().items())
+    after = load_checkpoint(tmp_path / "table" / "hedgehog" / "finetuned" / "last.pt")["model"]
+    assert not any(torch.equal(after[name], {**before, **maps}[name]) for name in after if "wpe" not in name)
+
+
+def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch):
+    command()
+    whole, parts = tmp_path / "whole", tmp_path / "table"
+    parts.rename(whole)
+    steps = dict(learned=0, trained=0)
+
+    def count(key, function, counts=lambda *args, **kwargs: True):
+        def counted(*args, **kwargs):
+            steps[key] += counts(*args, **kwargs)
+            return function(*args, **kwargs)
+        return counted
+    learns = (lambda *args, learn=False: learn)
+    monkeypatch.setattr(distill, "imitate", count("learned", distill.imitate, learns))
+    monkeypatch.setattr(train_gpt, "train_step", count("trained", train_gpt.train_step))
+    # Stopped while the reference is finetuned, while the maps are distilled and while the result is finetuned.
+    for module, n, flags in ((train_gpt, 2, []), (distill, 4, ["--resume"]), (train_gpt, 3, ["--resume"])):
+        with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
+            m.setattr(module, "interrupts", lambda say: stop_after(n))
+            command(*flags)
+        assert stopped.value.code == 130
+    assert load_checkpoint(parts / "hedgehog" / "finetuned" / "last.pt")["state"]["step"] == 3
+    command("--resume")
+    assert steps == dict(learned=6, trained=2 * 4)  # none is made again
+    for stage in ("hedgehog/distilled", "hedgehog/finetuned", "softmax/finetuned"):
+        a, b = load_checkpoint(whole / stage / "last.pt"), load_checkpoint(parts / stage / "last.pt")
+        assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+        assert log_rows(whole / stage / "log.csv") == log_rows(parts / stage / "log.csv")
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (whole, parts))
+    keys = ("name", "stage", "tokens", "valid_nats", "test_nats")
+    assert [[r[k] for k in keys] for r in a] == [[r[k] for k in keys] for r in b]
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"]])
+def test_the_result_is_sampled_and_trained_further(command, tmp_path, flags):
+    command("--no-reference", *flags)
+    out = tmp_path / "table" / "hedgehog" / "finetuned"
+    assert sample(out, prompt="The fox", tokens=5, device="cpu", write=lambda text: None).startswith("The fox")
+    saved = load_checkpoint(out / "last.pt")
+    assert any(".lora_" in name for name in saved["model"]) == bool(flags)
+    longer = replace(TrainConfig(**saved["config"]), steps=6, resume=True, out=str(out))
+    train(longer)
+    assert load_checkpoint(out / "last.pt")["state"]["step"] == 6
+    again = parse_config(TrainConfig, train_gpt.PRESETS, ["--out", str(out), "--resume"])  # as `train_gpt.py --resume`
+    assert again.lora_rank == longer.lora_rank and again.steps == 6
+
+
+@pytest.mark.parametrize("flags", [["--attention", "elu"], ["--attention", "performer"], ["--attention", "cosformer"],
+                                   ["--attention", "softmax"]])
+def test_a_map_without_parameters_skips_distillation_with_a_sentence(command, flags, capsys, tmp_path):
+    rows = command(*flags, "--no-reference", "--steps", "1").rows
+    skipped = "has no parameters that could be distilled: stage 1 is skipped" in capsys.readouterr().out
+    assert skipped == (flags[1] != "softmax") and not (tmp_path / "table" / flags[1] / "distilled").exists()
+    assert [r["stage"] for r in rows] == ["teacher"] + ["swapped"] * skipped + ["finetuned"]
+    assert not skipped or len(rows[1]["kl"]) == 2
+
+
+@pytest.mark.parametrize("flags, name", [
+    (["--attention", "t2r"], "t2r"), (["--attention", "hedgehog_exp", "--tie-qk"], "hedgehog_exp"),
+    (["--feature-bias", "--map-scale", "0.5", "--name", "biased"], "biased"),
+    (["--distill-steps", "0"], "hedgehog-undistilled"), (["--block-size", "16"], "hedgehog")])
+def test_named_options_and_other_maps_are_converted(command, flags, name):
+    rows = command(*flags, "--no-reference", "--steps", "1").rows
+    assert {r["name"] for r in rows[1:]} == {name} and all(math.isfinite(r["test_ppl"]) for r in rows)
+    assert ("distilled" in [r["stage"] for r in rows]) == (name != "hedgehog-undistilled")
+
+
+def test_maps_of_an_earlier_run_are_taken_over_and_measured_elsewhere(command, tmp_path):
+    first = command("--no-reference", "--block-size", "16").find(stage="distilled")[0]
+    path = str(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")
+    flags = ["--no-reference", "--maps", path, "--distill-steps", "0", "--steps", "0"]
+    same = command(*flags, "--block-size", "16", "--name", "same").find(name="same")
+    assert [r["stage"] for r in same] == ["distilled"] and same[0]["kl"] == first["kl"]
+    longer = command(*flags, "--out", str(tmp_path / "longer")).find(stage="distilled")[0]
+    assert len(longer["kl"]) == 2 and longer["kl"] != first["kl"]
+    with pytest.raises(ValueError, match="does not hold the feature maps of this model.*--attention"):
+        command(*flags, "--feature-bias", "--block-size", "16", "--name", "other")
+
+
+def test_the_default_trains_its_teacher_first(tmp_path, monkeypatch, text_dir, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = dict(zip([f[2:].replace("-", "_") for f in MODEL[::2]], [2, 2, 16, 32, "cpu"]))
+    monkeypatch.setitem(train_gpt.PRESETS, "tiny", dict(small, steps=2, data=str(text_dir)))
+    config = parse_config(ConvertConfig, PRESETS, [*SMALL, "--data", str(text_dir)])
+    assert (config.teacher, config.out, config.preset) == ("", "", "tiny")
+    convert(config)
+    first = capsys.readouterr().out
+    convert(replace(config, name="again"))
+    assert "training it first" in first and "training it first" not in capsys.readouterr().out
+    assert (tmp_path / "runs/tiny-softmax/summary.json").exists()
+    rows = json.loads((tmp_path / "runs/convert-tiny/summary.json").read_text())
+    assert [r["name"] for r in rows] == ["teacher", "softmax"] + 3 * ["hedgehog"] + 3 * ["again"]
+
+
+def test_maps_start_from_the_identity_and_random_features_from_the_seed():
+    teacher = small_gpt(attention="softmax")
+    for scale in (1.0, 0.5):
+        maps = maps_of(swap(teacher, ConvertConfig(map_scale=scale)))
+        assert len(maps) == 4 and all(torch.equal(p, scale * torch.eye(8).expand(2, 8, 8)) for p in maps.values())
+    a, b, c = (swap(teacher, ConvertConfig(attention="performer", seed=seed)).state_dict() for seed in (1, 1, 2))
+    name = "transformer.h.0.attn.linear.map_q.projection"
+    assert torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])
+
+
+def test_the_ratio_is_to_the_best_teacher_finetuned_for_as_many_tokens(tmp_path):
+    results = convert_gpt2.Results(tmp_path)
+    for name, tokens, nats in (("softmax", 10, 2.0), ("softmax-2", 10, 1.9), ("softmax", 20, 1.0), ("elu", 10, 2.9)):
+        attention = name.split("-")[0]
+        row = dict(name=name, attention=attention, stage="finetuned", tokens=tokens)
+        results.add(**row, valid_nats=nats, valid_ppl=math.exp(nats))
+    lines = str(results).splitlines()
+    assert f"{math.e:.3f}" in lines[-1].split() and "1.000" in lines[2].split() and "1.000" in lines[3].split()
+    results.add(**row, valid_nats=1.9, valid_ppl=math.exp(1.9))  # in place of the last
+    assert len(convert_gpt2.Results(tmp_path).rows) == 4 and "1.000" in str(results).splitlines()[-1].split()
+
+
+def test_the_gpt2_preset_distils_for_two_epochs_of_the_papers_batch():
+    c = parse_config(ConvertConfig, PRESETS, ["--preset", "gpt2"])
+    assert c.distill_steps == 2 * (117_920_140 // (8 * 1024)) and (c.distill_batch_size, c.lr) == (8, 6e-4)
+    assert (c.teacher, c.feature_bias, c.tie_qk, c.map_scale, c.lora_rank) == ("gpt2", False, False, 1.0, 0)
+
+
+# ---------------------------------------------------------------- low-rank updates
+
+
+def test_low_rank_updates_start_at_nothing_train_alone_and_merge_into_plain_weights():
+    model, idx = small_gpt(), torch.randint(256, (2, 32))
+    before, plain = model(idx)[0], {name: p.clone() for name, p in model.state_dict().items()}
+    add_lora(model, 3)
+    assert torch.equal(model(idx)[0], before)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 2 and all(re.search(r"attn\.c_(attn|proj)\.lora_[AB]$", name) for name in trained)
+    optimizer = train_gpt.make_optimizer(model, TrainConfig(lr=0.1), CPU)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    after = model(idx)[0]
+    merged = merge_lora(model.state_dict())
+    assert merged.keys() == plain.keys() and not torch.allclose(after, before, atol=1e-3)
+    changed = {name for name in plain if not torch.equal(plain[name], merged[name])}
+    assert changed == {f"transformer.h.{i}.attn.{c}.weight" for i in range(2) for c in ("c_attn", "c_proj")}
+    other = small_gpt()
+    other.load_state_dict(merged)
+    torch.testing.assert_close(other(idx)[0], after, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="--lora-rank 17"):
+        add_lora(small_gpt(), 17)
+
+
+def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path):
+    command("--no-reference", "--lora-rank", "2", "--export", str(tmp_path / "exported"))
+    finetuned = load_model(tmp_path / "table" / "hedgehog" / "finetuned" / "best.pt")[0]
+    exported, idx = load_gpt2(tmp_path / "exported"), torch.randint(256, (2, 32))
+    assert exported.config.attention == "hedgehog" and torch.equal(exported(idx)[0], finetuned(idx)[0])
+
+
+# ---------------------------------------------------------------- GPT-2's files
+
+
+@pytest.mark.parametrize("options", [
+    dict(attention="softmax"), dict(attention="softmax", tie_head=False), dict(attention="hedgehog"),
+    dict(attention="t2r", tie_qk=True), dict(attention="hedgehog", bias=False, feature_bias=True),
+    dict(attention="performer")])
+def test_an_exported_model_is_read_back_to_the_last_bit(tmp_path, options):
+    model, idx = small_gpt(**options), torch.randint(256, (2, 32))
+    export(model, tmp_path / "exported")
+    back = load_gpt2(tmp_path / "exported")
+    assert back.config == model.config and torch.equal(back(idx)[0], model(idx)[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exported"]
+
+
+def test_an_exported_softmax_model_is_a_teacher_and_a_linear_one_is_not(command, tmp_path):
+    command("--attention", "softmax", "--export", str(tmp_path / "softmax"))
+    rows = command("--teacher", str(tmp_path / "softmax"), "--out", str(tmp_path / "other"), "--no-reference").rows
+    assert [r["stage"] for r in rows] == ["teacher", "swapped", "distilled", "finetuned"]
+    command("--export", str(tmp_path / "linear"))
+    with pytest.raises(ValueError, match="linear already"):
+        command("--teacher", str(tmp_path / "linear"))
+    with pytest.raises(ValueError, match="linear already"):
+        command("--teacher", str(tmp_path / "table" / "hedgehog" / "finetuned"))
+
+
+def test_an_export_that_fails_leaves_nothing_and_one_never_replaces_another(command, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(gpt2_weights, "save_json", full)  # after the weights were written
+        with pytest.raises(ValueError, match="free some space"):
+            export(small_gpt(), tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "exported").mkdir()
+    with pytest.raises(ValueError, match="--export .* is there already"):
+        command("--export", str(tmp_path / "exported"))
+    assert not (tmp_path / "table").exists()
+
+
+def huggingface_gpt2(folder, **options):
+    """A random GPT-2 of the transformers library, saved by it, with weights large enough for its logits to differ."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=300, n_positions=48, **options)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("options", [
+    dict(n_layer=2, n_head=2, n_embd=32), dict(n_layer=3, n_head=5, n_embd=40),
+    dict(n_layer=2, n_head=4, n_embd=64, tie_word_embeddings=False)])
+def test_the_transformers_library_computes_the_same_and_writes_the_same_text(tmp_path, options):
+    theirs = huggingface_gpt2(tmp_path / "hub", **options)
+    ours, idx = load_gpt2(tmp_path / "hub"), torch.randint(300, (2, 20))
+    assert ours.config.tie_head == options.get("tie_word_embeddings", True)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+        text = theirs.generate(idx, max_new_tokens=20, do_sample=False, pad_token_id=0,
+                               attention_mask=torch.ones_like(idx))
+        assert torch.equal(ours.generate(idx, 20, temperature=0), text) and len(text[0].unique()) > 5
+        export(ours, tmp_path / "exported")
+        back = type(theirs).from_pretrained(tmp_path / "exported").eval()
+        torch.testing.assert_close(back(idx).logits, theirs(idx).logits, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    """GPT-2's two files, as the hub has them: no prefix, the causal mask as a buffer."""
+    model = small_gpt(attention="softmax")
+    export(model, tmp_path / "made")
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    tensors = {n.removeprefix("transformer."): p for n, p in load_file(tmp_path / "made" / "model.safetensors").items()}
+    for i in range(2):
+        tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril(), f"h.{i}.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    del config["hedgehog"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, model
+
+
+def test_the_files_of_the_hub_are_read(hub_folder):
+    folder, model = hub_folder
+    idx = torch.randint(256, (2, 32))
+    assert torch.equal(load_gpt2(folder)(idx)[0], model(idx)[0])
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["wte.weight"].clone()}, folder / "model.safetensors")
+    assert torch.equal(load_gpt2(folder)(idx)[0], model(idx)[0])
+
+
+def change_tensors(change):
+    def spoil(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+    return spoil
+
+
+def change_config(**values):
+    def spoil(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | values).items() if v is not ...}))
+    return spoil
+
+
+def cut(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+
+
+def tamper(folder):
+    gpt2_weights.save_sha256(folder / "model.safetensors")
+    change_tensors(lambda tensors: tensors["wte.weight"].add_(1))(folder)
+
+
+def transpose(tensors):
+    tensors["h.1.mlp.c_fc.weight"] = tensors["h.1.mlp.c_fc.weight"].T.contiguous()
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+BAD_FOLDERS = {
+    "no weights": (without("model.safetensors"), "has no model.safetensors"),
+    "no config": (without("config.json"), "has no config.json"),
+    "cut": (cut, "truncated or no safetensors file.*get it again"),
+    "not safetensors": (lambda f: (f / "model.safetensors").write_text("<html>"), "truncated or no safetensors file"),
+    "tampered": (tamper, "not the file that model.safetensors.sha256"),
+    "missing": (change_tensors(lambda t: t.pop("h.0.ln_1.bias")),
+                r"missing: transformer\.h\.0\.ln_1\.bias; left over: none"),
+    "left over": (change_tensors(lambda t: t.update(extra=torch.zeros(1))),
+                  r"missing: none; left over: transformer\.extra"),
+    "transposed": (change_tensors(transpose), r"another shape: transformer\.h\.1\.mlp\.c_fc\.weight"),
+    "not finite": (change_tensors(lambda t: t["ln_f.weight"].fill_(math.nan)), "ln_f.weight.*not finite"),
+    "a head of its own": (change_tensors(lambda t: t.update({"lm_head.weight": t["wte.weight"] + 1})),
+                          "tie_word_embeddings"),
+    "too many layers": (change_config(n_layer=3), r"missing: transformer\.h\.2.*and 7 more"),
+    "no layers": (change_config(n_layer=...), "damaged, or not GPT-2's.*n_layer"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "damaged, or not GPT-2's"),
+    "not json": (lambda f: (f / "config.json").write_bytes(b"\xff{"), "damaged, or not GPT-2's"),
+    "another gelu": (change_config(activation_function="relu"), "not of a plain GPT-2 .activation_function=relu"),
+    "another model": (change_config(model_type="llama"), "not of a plain GPT-2"),
+    "another width inside": (change_config(n_inner=99), "not of a plain GPT-2 .n_inner=99"),
+    "heads that do not divide": (change_config(n_head=3), "divisible"),
+}
+
+
+@pytest.mark.parametrize("spoil, words", BAD_FOLDERS.values(), ids=BAD_FOLDERS.keys())
+def test_a_folder_that_is_not_whole_is_refused_by_name(hub_folder, command, spoil, words, tmp_path):
+    folder, _ = hub_folder
+    spoil(folder)
+    with pytest.raises(ValueError, match=words):
+        command("--teacher", str(folder))
+    assert not (tmp_path / "table").exists()
+
+
+# ---------------------------------------------------------------- the hub, on this machine
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Redirects a large file to a store, and names its sha256 on the way, as huggingface.co does."""
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server, name = self.server, self.path.rsplit("/", 1)[-1]
+        server.requests.append((self.command, self.path, self.headers["Range"]))
+        content = server.files.get(name)
+        if content is None:
+            return self.send_error(404)
+        if name == "model.safetensors" and not self.path.startswith("/store"):
+            self.send_response(302)
+            self.send_header("Location", f"/store/{name}")
+            if server.sha256:
+                self.send_header("X-Linked-Etag", f'"{server.sha256}"')
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        start = int((self.headers["Range"] or "bytes=0-")[6:-1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if self.command == "GET":
+            end = start + server.cuts.pop(0) if name == "model.safetensors" and server.cuts else None
+            self.wfile.write(content[start:end])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(hub_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {path.name: path.read_bytes() for path in hub_folder[0].iterdir()}
+    server.sha256 = hashlib.sha256(server.files["model.safetensors"]).hexdigest()
+    server.requests, server.cuts = [], []
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(gpt2_weights, "HUB", f"http://127.0.0.1:{server.server_port}" + "/{}/resolve/main/{}")
+    monkeypatch.setattr(gpt2_weights, "HERE", tmp_path / "here")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_gpt2_is_downloaded_once_in_pieces_and_converted(hub, command, tmp_path, hub_folder):
+    hub.cuts = [1000, 2000]
+    rows = command("--teacher", "gpt2-medium", "--no-reference", "--steps", "1").rows
+    assert [r["stage"] for r in rows] == ["teacher", "swapped", "distilled", "finetuned"]
+    folder = tmp_path / "here" / "data" / "gpt2-medium"
+    assert [r for _, path, r in hub.requests if "/store" in path] == [None, "bytes=1000-", "bytes=3000-"]
+    assert hub.requests[0][1] == "/gpt2-medium/resolve/main/config.json"
+    assert {p.name for p in folder.iterdir()} == {name + end for name in hub.files for end in ("", ".sha256")}
+    assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+    hub.files = {}
+    assert torch.equal(convert_gpt2.load_teacher(ConvertConfig(teacher="gpt2-medium"))[0].lm_head.weight,
+                       hub_folder[1].lm_head.weight)
+
+
+def test_a_download_that_is_not_what_the_hub_announced_is_refused_and_leaves_no_file(hub, command, tmp_path):
+    hub.files["model.safetensors"] = hub.files["model.safetensors"][:-1] + b"?"
+    with pytest.raises(ValueError, match="another file, or a damaged one.*put it at"):
+        command("--teacher", "gpt2")
+    assert {p.name for p in (tmp_path / "here/data/gpt2").iterdir()} == {"config.json", "config.json.sha256"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_page_in_place_of_a_file_is_noticed_without_its_sha256_too(hub, command, tmp_path, name):
+    hub.files[name], hub.sha256 = b"<html>Log in to this network</html>", None
+    with pytest.raises(ValueError, match="another file, or a damaged one"):
+        command("--teacher", "gpt2")
+    assert not (tmp_path / "here/data/gpt2" / name).exists()
+
+
+def test_without_a_network_the_message_says_what_to_put_where(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpt2_weights, "HUB", "http://127.0.0.1:9/{}/{}")
+    monkeypatch.setattr(gpt2_weights, "HERE", tmp_path)
+    with pytest.raises(ValueError, match=f"get http://.*/gpt2/config.json elsewhere and put it at {tmp_path}/data/"):
+        command("--teacher", "gpt2")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+BAD_FLAGS = {
+    "no teacher": (["--teacher", "nowhere"], "no teacher at nowhere: give one of gpt2"),
+    "another vocabulary": (["--data", "other"], r"7 different tokens.*the teacher 256 \(bytes\).*--data"),
+    "another tokenizer": (["--data", "renamed"], r"256 different tokens \(letters\).*the teacher 256 \(bytes\)"),
+    "too long": (["--block-size", "64"], "--block-size 64: the teacher knows 32 positions"),
+    "no text": (["--data", "nothing"], "no prepared text in nothing.*prepare.py"),
+    "negative": (["--distill-steps", "-1"], "--distill-steps -1"),
+    "negative lr": (["--distill-lr", "-1"], "--lr must be at least 0"),
+    "warmup in steps": (["--warmup", "100"], "--warmup 100.0 in"),
+    "accum": (["--accum", "3"], "--batch-size 4 must be a multiple of --accum 3"),
+    "no maps": (["--maps", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    "a name that is a path": (["--name", "../elsewhere"], "--name '../elsewhere' must be letters"),
+    "the name of the finetuned teacher": (["--name", "softmax"], "softmax is the name of the finetuned teacher"),
+    "nothing to resume": (["--resume"], "no conversion at .*leave out --resume"),
+}
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
+def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, tmp_path, monkeypatch, flags, words,
+                                                             capsys):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("train", "valid", "test"):
+        np.zeros(100, "<u2").tofile(other / f"{name}.bin")
+    meta = json.loads((text_dir / "meta.json").read_text())
+    counts = dict.fromkeys(meta["tokens"], 100)
+    (other / "meta.json").write_text(json.dumps(meta | dict(vocab_size=7, tokens=counts)))
+    shutil.copytree(text_dir, tmp_path / "renamed")
+    (tmp_path / "renamed" / "meta.json").write_text(json.dumps(meta | dict(tokenizer="letters")))
+    with pytest.raises(SystemExit) as e:
+        cli(lambda: command(*flags))
+    assert e.value.code == 2 and re.search(words, capsys.readouterr().err) and not (tmp_path / "table").exists()
+
+
+def test_results_of_another_teacher_are_not_mixed_in_and_other_flags_do_not_resume(command, tmp_path, text_dir):
+    command("--no-reference", "--steps", "1")
+    other = tmp_path / "other"
+    flags = [*MODEL, "--attention", "softmax", "--steps", "0", "--data", str(text_dir), "--out", str(other)]
+    train(parse_config(TrainConfig, {}, flags))
+    with pytest.raises(ValueError, match="results of another teacher.*--out"):
+        command("--teacher", str(other), "--name", "second")
+    with pytest.raises(ValueError, match="started with distill_steps=6: leave out --distill-steps"):
+        command("--resume", "--distill-steps", "7")
+    with pytest.raises(ValueError, match="damaged, or of train_gpt.py"):
+        command("--out", str(other))
+    (tmp_path / "table" / "hedgehog" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        command("--resume")
+
+
+def test_an_earlier_conversion_is_moved_aside(command, tmp_path):
+    command("--no-reference", "--steps", "1")
+    command("--no-reference", "--steps", "1", "--seed", "1")
+    table, stages = tmp_path / "table", ["teacher", "swapped", "distilled", "finetuned"]
+    assert json.loads((table / "hedgehog-1" / "config.json").read_text())["config"]["seed"] == 0
+    assert [r["stage"] for r in json.loads((table / "summary.json").read_text())] == stages
+
+
+def test_a_teacher_of_train_gpt_needs_no_safetensors_and_an_export_says_that_it_does(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # what an import finds when it is not installed
+    monkeypatch.delitem(sys.modules, "gpt2_weights")
+    command("--no-reference", "--steps", "1")
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        command("--export", str(tmp_path / "exported"))
+
+
+def test_several_processes_are_sent_to_train_gpt(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun train_gpt.py --resume"):
+        command()
