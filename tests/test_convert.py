@@ -22,17 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import convert_gpt2
-import distill
-import gpt2_weights
+import data
 import train_gpt
-from convert_gpt2 import PRESETS, ConvertConfig, convert, saved_config, swap
+from convert_gpt2 import PRESETS, ConvertConfig, convert, imitate, imitation_loss, maps_of, saved_config, swap
+from data import gpt2_weights
+from data.gpt2_weights import export, load_gpt2
 from data.prepare import main as prepare_main
-from distill import imitate, imitation_loss, maps_of
-from gpt2_weights import export, load_gpt2
 from hedgehog import GPT, FeatureMap, GPTConfig
-from lora import add_lora, merge_lora
 from sample import sample
-from train_gpt import TrainConfig, cli, load_checkpoint, load_model, parse_config, train
+from train_gpt import TrainConfig, add_lora, cli, load_checkpoint, load_model, merge_lora, parse_config, train
 
 MODEL = "--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --device cpu".split()
 SMALL = ("--steps 4 --distill-steps 6 --batch-size 4 --distill-batch-size 4 --eval-every 3 --segment-size 16 "
@@ -291,10 +289,10 @@ def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch):
             return function(*args, **kwargs)
         return counted
     learns = (lambda *args, learn=False: learn)
-    monkeypatch.setattr(distill, "imitate", count("learned", distill.imitate, learns))
+    monkeypatch.setattr(convert_gpt2, "imitate", count("learned", convert_gpt2.imitate, learns))
     monkeypatch.setattr(train_gpt, "train_step", count("trained", train_gpt.train_step))
     # Stopped while the reference is finetuned, while the maps are distilled and while the result is finetuned.
-    for module, n, flags in ((train_gpt, 2, []), (distill, 4, ["--resume"]), (train_gpt, 3, ["--resume"])):
+    for module, n, flags in ((train_gpt, 2, []), (convert_gpt2, 4, ["--resume"]), (train_gpt, 3, ["--resume"])):
         with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
             m.setattr(module, "interrupts", lambda say: stop_after(n))
             command(*flags)
@@ -744,7 +742,8 @@ def test_an_earlier_conversion_is_moved_aside(command, tmp_path):
 
 def test_a_teacher_of_train_gpt_needs_no_safetensors_and_an_export_says_that_it_does(command, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors", None)  # what an import finds when it is not installed
-    monkeypatch.delitem(sys.modules, "gpt2_weights")
+    monkeypatch.delitem(sys.modules, "data.gpt2_weights")
+    monkeypatch.delattr(data, "gpt2_weights")
     command("--no-reference", "--steps", "1")
     with pytest.raises(ValueError, match="pip install safetensors"):
         command("--export", str(tmp_path / "exported"))

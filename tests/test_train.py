@@ -104,8 +104,8 @@ def test_a_run_leaves_what_a_reader_needs(text_dir, tmp_path):
 def test_an_earlier_run_is_moved_aside_and_not_overwritten(text_dir, tmp_path):
     train(config(text_dir, tmp_path / "run", "--steps", "0"))
     train(config(text_dir, tmp_path / "run", "--steps", "0", "--seed", "1"))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
-    assert json.loads((tmp_path / "run-1" / "config.json").read_text())["seed"] == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["seed"] == 1
+    assert json.loads((tmp_path / "run-1" / "config.json").read_text())["config"]["seed"] == 0
     assert (tmp_path / "run-1" / "last.pt").exists()
 
 
