@@ -23,6 +23,7 @@ Read from top to bottom: feature maps, four forms of linear attention, attention
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -187,14 +188,15 @@ def bidirectional(q, k, v):
     return q @ (k.mT @ v)
 
 
-def linear_attention(q, k, v, form="chunked", causal=True, state=None, return_state=False, chunk_size=64, eps=1e-30):
+def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state=False, chunk_size=64, eps=1e-30):
     """y_t = sum_{s<=t} (q_t.k_s) v_s / sum_{s<=t} (q_t.k_s), for q and k that have been through the feature map.
 
     q, k: (B, H, T, P), v: (B, H, T, D), all of one dtype and device. Returns y (B, H, T, D) in the dtype of v, and
     with `return_state` the pair (y, state), the state being (B, H, P, D+1), float32 at least.
 
     form: "quadratic", "cumsum", "chunked" or "recurrent": the same function, for any T >= 1 and any chunk size.
-    state: what an earlier call returned; continues that sequence ("chunked" and "recurrent").
+    "auto" is "chunked", or on a GPU the kernels of hedgehog_triton.py where they can run.
+    state: what an earlier call returned; continues that sequence ("auto", "chunked" and "recurrent").
     causal=False: the sum runs over all s, in O(T), whatever the form ("quadratic" forms the weights).
     Sums are float32 for half precision, under autocast too; float64 stays float64.
 
@@ -207,6 +209,9 @@ def linear_attention(q, k, v, form="chunked", causal=True, state=None, return_st
     cannot continue.
     """
     check_inputs(q, k, v, form, causal, state, return_state, chunk_size)
+    kernels = fused_kernels(v, q.shape[-1], has_map=False) if form == "auto" and causal else None
+    if kernels:
+        return kernels.fused_attention(q, k, v, state=state, return_state=return_state, eps=eps)
     dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
@@ -239,13 +244,29 @@ def attention_weights(q, k, causal=True, eps=1e-30):
         return divide(a, a.sum(dim=-1, keepdim=True), eps)
 
 
+def fused_kernels(v, P, has_map):
+    """The module hedgehog_triton if it lies beside this file and can run on such tensors, else None. Says why, once."""
+    if not v.is_cuda:
+        return None
+    try:
+        import hedgehog_triton
+    except ImportError as e:
+        why = str(e)
+    else:
+        why = hedgehog_triton.unsupported(v, P, v.shape[-1], has_map)
+        if why is None:
+            return hedgehog_triton
+    warnings.warn(f"linear attention runs in plain PyTorch, without the fused kernels: {why}", stacklevel=2)
+    return None
+
+
 def divide(num, den, eps):
     return num / den.masked_fill(den < eps, math.inf)
 
 
 def check_inputs(q, k, v, form, causal, state, return_state, chunk_size):
     """A sentence for each way to call `linear_attention` that would fail later, or be silently wrong."""
-    forms = ("quadratic", "cumsum", "chunked", "recurrent")
+    forms = ("auto", "quadratic", "cumsum", "chunked", "recurrent")
     if form not in forms:
         raise ValueError(f"unknown form {form!r}: choose one of {', '.join(forms)}")
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3] or q.shape[2] < 1:
@@ -258,8 +279,9 @@ def check_inputs(q, k, v, form, causal, state, return_state, chunk_size):
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if (state is not None or return_state) and not (causal and form in ("chunked", "recurrent")):
-        raise ValueError(f"only causal 'chunked' and 'recurrent' carry a state, got form={form!r}, causal={causal}")
+    if (state is not None or return_state) and not (causal and form in ("auto", "chunked", "recurrent")):
+        raise ValueError(f"only causal 'auto', 'chunked' and 'recurrent' carry a state, got form={form!r}, "
+                         f"causal={causal}")
     expected = (*q.shape[:2], q.shape[-1], v.shape[-1] + 1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     if state is not None and (state.shape != expected or state.dtype != dtype or state.device != q.device):
@@ -276,7 +298,8 @@ class LinearAttention(nn.Module):
 
     Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
     segments is kept, and the backward pass recomputes the features of one segment at a time. That takes about the
-    memory of softmax attention, for 35 to 60 % more time. `segment_size=0` keeps everything instead.
+    memory of softmax attention, for 35 to 60 % more time. `segment_size=0` keeps everything instead. The fused kernels
+    ("auto" on a GPU) do without: they never write the features of the hedgehog map.
     """
 
     def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, tie_qk=False, chunk_size=64, segment_size=256,
@@ -287,9 +310,15 @@ class LinearAttention(nn.Module):
         shared = tie_qk or self.map_q.weight is None
         self.map_k = self.map_q if shared else FeatureMap(n_head, head_dim, kind, bias, **map_options)
 
-    def forward(self, q, k, v, form="chunked", state=None, return_state=False, offset=0):
+    def forward(self, q, k, v, form="auto", state=None, return_state=False, offset=0):
         """Arguments as in `linear_attention`; `offset` is the position of the first token (cosformer)."""
-        if form != "chunked" or not 0 < self.segment_size < q.shape[2]:
+        kernels, has_map = None, self.map_q.kind == "hedgehog"
+        if form == "auto" and q.dtype == k.dtype == v.dtype:
+            kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map)
+        if kernels and has_map:
+            return kernels.fused_attention(q, k, v, self.map_q.weight, self.map_k.weight, self.map_q.bias, self.map_k.bias,
+                                           state, return_state)
+        if kernels or form not in ("auto", "chunked") or not 0 < self.segment_size < q.shape[2]:
             return self.attend(q, k, v, form, state, return_state, offset)
         y, run = [], partial(checkpoint, self.attend, use_reentrant=False, preserve_rng_state=False)
         for parts in zip(*(x.split(self.segment_size, dim=2) for x in (q, k, v))):
@@ -301,6 +330,8 @@ class LinearAttention(nn.Module):
 
     def attend(self, q, k, v, form, state, return_state, offset):
         phi_q, phi_k = self.map_q(q, offset, is_query=True), self.map_k(k, offset)        # (B, H, T, P)
+        if form == "auto" and q.is_cuda and q.dtype == torch.bfloat16:  # as wide as the kernels' products
+            phi_q, phi_k = phi_q.to(q.dtype), phi_k.to(q.dtype)
         y = linear_attention(phi_q, phi_k, v.to(phi_q.dtype), form, True, state, return_state, self.chunk_size)
         return (y[0].to(v.dtype), y[1]) if return_state else y.to(v.dtype)
 
@@ -369,7 +400,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             return self.linear(q, k, v)
         offset, T = cache.get("offset", 0), q.shape[2]
-        form = "recurrent" if T == 1 else "chunked"
+        form = "recurrent" if T == 1 else "auto"
         y, cache["state"] = self.linear(q, k, v, form, cache.get("state"), return_state=True, offset=offset)
         cache["offset"] = offset + T
         return y

@@ -475,8 +475,10 @@ def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Te
     opt = options(q, v, wq is not None, bq is not None)
     o, den, s1 = attention_outputs(q, v, wq, return_state)
     s0, seg, grid = walk(k, v, wk, bk, None, None, None, None, state, None, opt, backward=False, chunks=False)
+    num_stages = 2 if v.dtype == torch.bfloat16 and opt["HP"] <= 64 else 1  # elsewhere shared memory is full with one
     forward_kernel[grid](q, k, v, wq, wk, bq, bk, s0, o, den, s1, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                         *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state, num_stages=2 if opt["L"] * opt["HP"] <= 4096 else 1, **opt)
+                         *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state,
+                         num_stages=num_stages, **opt)
     return o, den, s1
 
 
@@ -556,37 +558,74 @@ attention_op.register_autograd(run_backward, setup_context=save_for_backward)
 # What hedgehog.py calls
 
 
-def phi(x, w, b):
-    u = x @ w if b is None else x @ w + b.unsqueeze(-2)
-    return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)
+SHARED = {torch.bfloat16: (96, 144), torch.float16: (136, 224), torch.float32: (136, 136)}  # KiB, half features <= 64, > 64
 
 
-def unsupported(q, v, has_map):
-    """Why these kernels cannot run on such tensors, or None."""
-    D, P = v.shape[-1], q.shape[-1]
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"dtype {q.dtype}, the kernels take bfloat16, float16 and float32"
+@torch.compiler.assume_constant_result
+def gpu(index):
+    """(compute capability, KiB of shared memory that a program may have)."""
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin // 1024
+
+
+def unsupported(x, P, D, has_map):
+    """Why the kernels cannot run on tensors like x with q (B, H, T, P) and v (B, H, T, D), or None."""
+    if x.dtype not in SHARED:
+        return f"dtype {x.dtype}, the kernels take bfloat16, float16 and float32"
     if D not in (32, 64, 128) or has_map and P != D:
         return f"head width {D}, the kernels take 32, 64 and 128"
     if not has_map and P not in (32, 64, 128, 256):
         return f"feature width {P}, the kernels take 32, 64, 128 and 256"
-    if q.dtype == torch.bfloat16 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "bfloat16 on a GPU older than Ampere"
+    if x.is_cuda:
+        capability, shared = gpu(x.device.index)
+        needed = SHARED[x.dtype][(P if has_map else P // 2) > 64]
+        if capability < (8, 0):
+            return f"a GPU of compute capability {capability[0]}.{capability[1]}, the kernels take 8.0 and newer"
+        if shared < needed:
+            return f"{shared} KiB of shared memory, the kernels take {needed} for {x.dtype} at this width"
     return None
+
+
+def check_inputs(q, k, v, wq, wk, bq, bk, state):
+    """A sentence for each call that would fail in a kernel, or be silently wrong."""
+    if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3] or q.shape[2] < 1:
+        raise ValueError(f"expected q and k (B, H, T, P) and v (B, H, T, D) with T >= 1, got {tuple(q.shape)}, "
+                         f"{tuple(k.shape)} and {tuple(v.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    H, D, P = q.shape[1], v.shape[-1], q.shape[-1] * (1 if wq is None else 2)
+    shapes = dict(wq=(H, D, D), wk=(H, D, D), bq=(H, D), bk=(H, D), state=(q.shape[0], H, P, D + 1))
+    for (name, shape), x in zip(shapes.items(), (wq, wk, bq, bk, state)):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
+    if state is not None and state.dtype != torch.float32:
+        raise ValueError(f"the state must be float32, got {state.dtype}")
+    if (wq is None) != (wk is None) or (bq is None) != (bk is None) or wq is None and bq is not None:
+        raise ValueError("give both weights or none, and both biases or none, biases only with weights")
+    devices = {x.device for x in (q, k, v, wq, wk, bq, bk, state) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(map(str, devices))}")
+    why = unsupported(v, q.shape[-1], D, wq is not None)
+    if why:
+        raise ValueError(f"hedgehog_triton cannot run this: {why}")
 
 
 def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, return_state=False, eps=1e-30):
     """Causal linear attention. With wq, wk (H, D, D) from raw q, k (B, H, T, D); without them from features (B, H, T, P).
 
-    v: (B, H, T, D). Returns y (B, H, T, D), and with return_state the pair (y, state (B, H, P, D+1) in float32).
+    v: (B, H, T, D), of one dtype with q and k. Returns y (B, H, T, D), and with return_state the pair (y, state), the
+    state being (B, H, P, D+1) in float32. Raises ValueError for what does not match, and for what `unsupported` names.
     """
-    why = unsupported(q, v, wq is not None)
-    if why:
-        raise ValueError(f"hedgehog_triton cannot run this: {why}")
-    if v.dtype == torch.float32 and v.shape[-1] == 128 and wq is not None:  # W and what is made of it: 425 kB on the chip
+    check_inputs(q, k, v, wq, wk, bq, bk, state)
+    if v.dtype == torch.float32 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
         q, k = (phi(x, w, b) for x, w, b in ((q, wq, bq), (k, wk, bk)))
         wq = wk = bq = bk = None
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     wq, wk, bq, bk, state = (x if x is None else x.contiguous() for x in (wq, wk, bq, bk, state))
     y, _, state = attention_op(q, k, v, wq, wk, bq, bk, state, return_state, eps)
     return (y, state) if return_state else y
+
+
+def phi(x, w, b):
+    u = x @ w if b is None else x @ w + b.unsqueeze(-2)
+    return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)
