@@ -1,0 +1,114 @@
+"""The fused kernels against float64, in Triton's interpreter on the CPU; experiments/check_triton.py does it on a GPU."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import hedgehog_triton
+from hedgehog import LinearAttention, linear_attention
+
+NAMES = ("q", "k", "v", "wq", "wk", "bq", "bk", "state")
+
+
+def make(B, H, T, D, P=None, state=False, bias=False):
+    torch.manual_seed(0)
+    width = P or D
+    x = {name: torch.randn(B, T, H, n).transpose(1, 2) for name, n in (("q", width), ("k", width), ("v", D))}
+    if P is None:
+        x |= {name: torch.eye(D) + 0.3 * torch.randn(H, D, D) for name in ("wq", "wk")}
+        if bias:
+            x |= {name: 0.3 * torch.randn(H, D) for name in ("bq", "bk")}
+    else:
+        x["q"], x["k"] = x["q"].abs(), x["k"].abs()
+    if state:
+        x["state"] = torch.rand(B, H, P or 2 * D, D + 1)
+    return x
+
+
+def exact(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None):
+    if wq is not None:
+        q, k = (hedgehog_triton.phi(x, w, b) for x, w, b in ((q, wq, bq), (k, wk, bk)))
+    return linear_attention(q, k, v, "chunked", state=state, return_state=True)
+
+
+def fused(**x):
+    return hedgehog_triton.fused_attention(**x, return_state=True)
+
+
+def outputs_and_gradients(function, x, cotangents):
+    x = {name: value.detach().requires_grad_() for name, value in x.items()}
+    y, state = function(**x)
+    loss = (y.double() * cotangents[0]).sum() + (state.double() * cotangents[1]).sum()
+    return [y, state, *torch.autograd.grad(loss, list(x.values()))]
+
+
+@pytest.mark.parametrize("shape", [
+    dict(B=1, H=2, T=70, D=32, bias=True),             # a ragged last chunk
+    dict(B=2, H=1, T=40, D=32, state=True),
+    dict(B=1, H=1, T=17, D=128),                       # columns of v in two blocks
+    dict(B=1, H=1, T=45, D=64, P=32, state=True),      # features given
+    dict(B=1, H=1, T=2, D=32),
+])
+@pytest.mark.parametrize("segment", [None, 32])
+def test_values_and_every_gradient_equal_the_definition(shape, segment, monkeypatch):
+    if segment:  # as on a GPU that a few heads cannot fill
+        monkeypatch.setattr(hedgehog_triton, "segment_length", lambda B, H, T, n_blocks, L, device: segment)
+        monkeypatch.setattr(hedgehog_triton, "CHUNKS_PER_PROGRAM", 1)
+    x = make(**shape)
+    B, H, T, D = x["v"].shape
+    cotangents = torch.randn(B, H, T, D).double(), torch.randn(B, H, shape.get("P") or 2 * D, D + 1).double()
+    ours = outputs_and_gradients(fused, x, cotangents)
+    true = outputs_and_gradients(exact, {name: value.double() for name, value in x.items()}, cotangents)
+    for name, a, b in zip(("y", "last state", *x), ours, true, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm(), name
+
+
+def test_a_row_without_weight_is_zero_with_zero_gradient():
+    x = make(1, 1, 5, 32, P=32)
+    x["q"][:, :, 2] = 0
+    q = x["q"].requires_grad_()
+    y = hedgehog_triton.fused_attention(**x)
+    y.sum().backward()
+    assert (y[:, :, 2] == 0).all() and (q.grad[:, :, 2] == 0).all() and q.grad[:, :, 3].abs().sum() > 0
+
+
+def test_the_layer_calls_the_kernels_where_it_may(monkeypatch):
+    import hedgehog
+    layer = LinearAttention(2, 32, bias=True)
+    q, k, v = torch.randn(3, 1, 2, 20, 32)
+    plain = layer(q, k, v)
+    monkeypatch.setattr(hedgehog, "fused_kernels", lambda v, P, has_map: hedgehog_triton)
+    called = []
+    monkeypatch.setattr(hedgehog_triton, "fused_attention",
+                        lambda *x, f=hedgehog_triton.fused_attention, **o: called.append(1) or f(*x, **o))
+    torch.testing.assert_close(layer(q, k, v), plain, rtol=1e-4, atol=1e-5)
+    assert called
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(k=torch.zeros(1, 2, 6, 32)), "expected q and k"),
+    (dict(q=torch.zeros(1, 2, 0, 32), k=torch.zeros(1, 2, 0, 32), v=torch.zeros(1, 2, 0, 32)), "T >= 1"),
+    (dict(v=torch.zeros(1, 2, 5, 32).half()), "share one dtype"),
+    (dict(wq=torch.zeros(2, 32, 16)), "wq must be"),
+    (dict(wk=None), "both weights"),
+    (dict(bq=torch.zeros(2, 32)), "both biases"),
+    (dict(state=torch.zeros(1, 2, 64, 33).half()), "must be float32"),
+    ({name: torch.zeros(1, 2, 5, 48) for name in "qkv"} | {w: torch.zeros(2, 48, 48) for w in ("wq", "wk")}, "head width 48"),
+    ({name: torch.zeros(1, 2, 5, 32).double() for name in "qkv"}, "dtype torch.float64"),
+    (dict(v=torch.zeros(1, 2, 5, 32, device="meta")), "one device"),
+])
+def test_bad_input_is_told_before_a_kernel_starts(change, words):
+    with pytest.raises(ValueError, match=words):
+        hedgehog_triton.fused_attention(**make(1, 2, 5, 32) | change)
