@@ -1,0 +1,123 @@
+"""What does linear attention look at? Pictures of the same heads, and how far each map is from softmax on which text.
+
+    python experiments/attention_maps.py                                 the tiny softmax model, trained if need be
+    python experiments/attention_maps.py runs/tiny-softmax --text "The hedgehog knows one big thing."
+
+The table is the KL divergence from softmax's weights, in nats, a layer: on the text the maps were distilled on, on text
+of the same kind that they have not seen, on other text, and on contexts longer than those they were distilled on.
+GPT-2's learned positions end at the teacher's block size, so for the last the maps are distilled again, on a quarter of
+it, and read up to all of it: the teacher knows every position, the maps do not. For 256 to 4,096, train a teacher that
+long (train_gpt.py --attention softmax --block-size 4096) and give --short 256.
+"""
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from attention_properties import PropertiesConfig, plot, read, student, teacher_and_text, weights
+
+from data.prepare import load_tokenizer
+from convert_gpt2 import faithfulness
+from train_gpt import cli, encode_prompt, provenance, save_json
+
+TEXT = "The hedgehog knows one thing. The hedgehog knows it well."
+MAPS = {"hedgehog before": dict(attention="hedgehog", distill_steps=0), "hedgehog after": dict(attention="hedgehog"),
+        "t2r after": dict(attention="t2r"), "elu": dict(attention="elu")}
+PICTURES = ("softmax", "hedgehog before", "hedgehog after", "elu")
+
+
+def pick_heads(layers, n=3):
+    """The spikiest head of n layers, first to last. Softmax alone decides: a choice that favours no map."""
+    some = sorted({round(i) for i in np.linspace(0, len(layers) - 1, n)})
+    entropy = [torch.special.entr(weights(None, i, *layers[i])).sum(dim=-1).mean(dim=(0, 2)) for i in some]
+    return [(i, e.argmin().item()) for i, e in zip(some, entropy)]
+
+
+def triangle(square):
+    """(T, T) weights as rows of t + 1 numbers, in thousandths: what a picture shows."""
+    return [[round(w, 3) for w in row[:t + 1]] for t, row in enumerate(square.tolist())]
+
+
+def kl(p, y):
+    """Mean over rows of KL(p || y), for (T, T) weights."""
+    past = torch.ones_like(p).tril() > 0
+    return (p * (p.clamp(min=1e-37).log() - y.clamp(min=1e-37).log()))[past].sum().item() / len(p)
+
+
+def pictures(models, layers, heads):
+    maps, kl_of_heads = {}, {}
+    for name in PICTURES:
+        square = [weights(models.get(name), layer, *layers[layer])[0, head] for layer, head in heads]
+        maps[name] = [triangle(y) for y in square]
+        kl_of_heads[name] = [kl(weights(None, layer, *layers[layer])[0, head], y)
+                             for (layer, head), y in zip(heads, square)]
+    return dict(maps=maps, kl_of_heads=kl_of_heads)
+
+
+def measure(name, model, texts, context, distilled_at, device):
+    """A row a text: KL from softmax, one a layer."""
+    config = SimpleNamespace(block_size=context, batch_size=max(1, 2048 // context))
+    return [dict(map=name, distilled_at=distilled_at, text=text, context=context,
+                 kl=(found := faithfulness(model, tokens, config, device, nullcontext())["kl"]),
+                 mean=sum(found) / len(found)) for text, tokens in texts.items()]
+
+
+def table(rows):
+    lines = [f"{'map':18}{'distilled at':>13}{'text':>14}{'context':>9}{'KL':>8}   by layer"]
+    for row in rows:
+        layers = " ".join(f"{x:.3f}" for x in row["kl"])
+        lines.append(f"{row['map']:18}{row['distilled_at'] or '-':>13}{row['text']:>14}{row['context']:>9}"
+                     f"{row['mean']:>8.3f}   {layers}")
+    return "\n".join(lines)
+
+
+def main(args):
+    config = PropertiesConfig(teacher=args.checkpoint, data=args.data, maps=args.maps, device=args.device,
+                              distill_steps=args.distill_steps)
+    teacher, data, device = teacher_and_text(config)
+    T, tokenizer = teacher.config.block_size, load_tokenizer(data["meta"]["tokenizer"])
+    short = args.short or T // 4
+    other = np.array(tokenizer.encode(Path(args.other).read_text(encoding="utf-8")))
+    texts = {"training": data["train"], "held out": data["valid"], "other": other}
+    models = {name: student(teacher, data, config, device, **options) for name, options in MAPS.items()}
+
+    ids = encode_prompt(tokenizer, args.text)[:, :T].to(device)
+    layers = read(teacher, ids)
+    heads = pick_heads(layers)
+    rows = []
+    for name, model in models.items():
+        rows += measure(name, model, texts, T, T if "after" in name else None, device)
+    contexts = [short * 2 ** i for i in range(20) if short * 2 ** i <= T]
+    for name in ("hedgehog after", "t2r after", "elu"):
+        options = MAPS[name] | dict(name=f"{MAPS[name]['attention']}-{short}", distill_batch_size=max(1, 2048 // short))
+        model = student(teacher, data, config, device, block_size=short, **options)
+        for context in contexts:
+            rows += measure(name, model, {"held out": data["valid"]}, context, short if "after" in name else None,
+                            device)
+    save_json(Path(args.out), dict(rows=rows, heads=heads, text=args.text, **pictures(models, layers, heads),
+                                   other=Path(args.other).name, distill_steps=args.distill_steps, **provenance()))
+    print(table(rows))
+    plot.draw(plot.attention_maps, Path(args.out))
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", default="", help="softmax run of train_gpt.py; runs/tiny-softmax if it is left out")
+    add("--text", default=TEXT, help="what is read for the pictures")
+    add("--data", default="", help="folder made by data/prepare.py; default: data/pydoc, made on the fly")
+    add("--other", default=argparse.__file__, help="a text of another kind: Python code by default")
+    add("--maps", default="runs/convert-tiny", help="distilled maps are read from here, or made and kept here")
+    add("--distill-steps", type=int, default=400, help="optimizer steps of a distillation")
+    add("--short", type=int, default=0, help="length to distil at for longer contexts; 0: a quarter of the teacher's")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
+    add("--out", default="experiments/results/attention_maps.json", help="the table; the picture goes beside it")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli(lambda: main(parse()))

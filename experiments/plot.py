@@ -1,0 +1,181 @@
+"""Draw every figure of the README from the committed numbers: python experiments/plot.py
+
+Reads CSV and JSON under experiments/results/ and writes a PNG beside each. What has no numbers yet is left out, and said
+so. Titles state what the numbers say, and are computed from them. Colours and text are mid-tones on a transparent
+background, to be read on a white page and on a dark one; shown 880 pixels wide, the text is as large as the page's.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:  # the numbers are there without it
+    plt = None
+
+RESULTS = Path(__file__).resolve().parent / "results"
+GREY, COLORS = "#7f8791", ("#d9822b", "#4a8fe0", "#3da35d", "#c25b9f", "#8a78d6", "#b59a2a", "#3aa6a6", "#d0605e")
+STYLE = {"font.size": 12, "axes.titlesize": 12.5, "figure.dpi": 150, "savefig.transparent": True,
+         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "grid.color": GREY,
+         "legend.frameon": False, "legend.labelcolor": GREY, "lines.linewidth": 2, "figure.constrained_layout.use": True,
+         **{key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color",
+                                  "ytick.color")}}
+
+
+def figure(rows=1, columns=1, height=3.6, **options):
+    plt.rcParams.update(STYLE)
+    return plt.subplots(rows, columns, figsize=(8.8, height), squeeze=False, **options)
+
+
+def save(fig, path, title):
+    fig.suptitle(title, color=GREY, fontsize=13.5, fontweight="bold")
+    fig.savefig(path)
+    plt.close(fig)
+    print(f"{path}: {title}")
+
+
+def color(name):
+    """Orange for what learns to imitate softmax, grey for softmax, blue for what it is compared with."""
+    return GREY if name == "softmax" else COLORS[0] if name.startswith("hedgehog") else COLORS[1]
+
+
+def bars(ax, names, values, label, form="{:.2f}"):
+    drawn = ax.barh(names, values, color=[color(name) for name in names])
+    ax.bar_label(drawn, [form.format(v) for v in values], padding=4, color=GREY)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(label)
+
+
+def draw(function, path):
+    """function(path), or a word on what is missing: an experiment ends with it."""
+    if plt is None:
+        print(f"{path} is written, its figure is not: pip install -r requirements-experiments.txt")
+    else:
+        function(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One function a figure: its numbers -> its picture
+
+
+def loss_curves(folder):
+    """Validation loss of every run of train_gpt.py whose log.csv lies here, under the name of its attention."""
+    curves = {path.stem: list(csv.DictReader(path.open())) for path in sorted(folder.glob("*.csv"))}
+    fig, [[ax]] = figure()
+    final = {}
+    for i, (name, rows) in enumerate(sorted(curves.items(), key=lambda item: float(item[1][-1]["valid_nats"]))):
+        x, y = ([float(row[key]) for row in rows if int(row["step"])] for key in ("tokens", "valid_nats"))
+        final[name] = float(rows[-1]["valid_nats"])
+        ax.plot(x, y, label=name, color=GREY if name == "softmax" else COLORS[i % len(COLORS)])
+    ax.set(xlabel="training tokens", ylabel="validation loss (nats a token)")
+    ax.legend()
+    save(fig, folder / "loss.png", "Final loss: " + ", ".join(f"{name} {nats:.2f}" for name, nats in final.items()))
+
+
+def benchmark(path):
+    rows = [row for row in json.loads(path.read_text()) if row["pass"] == "forward+backward"]
+    fig, [axes] = figure(columns=2)
+    for i, form in enumerate(dict.fromkeys(row["form"] for row in rows if "," not in row["form"])):
+        line = {row["T"]: row for row in rows if row["form"] == form}
+        for ax, key in zip(axes, ("ms", "peak_mib")):
+            ax.loglog(list(line), [row[key] / row["B"] for row in line.values()], marker="o", label=form,
+                      color=GREY if form == "softmax" else COLORS[i % len(COLORS)])
+    axes[0].set(xlabel="tokens T", ylabel="ms a sequence, forward + backward")
+    axes[1].set(xlabel="tokens T", ylabel="MiB a sequence")
+    axes[0].legend(fontsize=11)
+    ms = {(row["form"], row["T"]): row["ms"] for row in rows}
+    ratio = {T: ms["softmax", T] / ms["chunked", T] for form, T in ms if form == "chunked" and ("softmax", T) in ms}
+    save(fig, path.with_suffix(".png"), f"Chunked linear attention takes 1/{ratio[max(ratio)]:.1f} of softmax's time "
+         f"at T = {max(ratio):,}, {1 / ratio[min(ratio)]:.1f}x at {min(ratio):,}")
+
+
+def associative_recall(path):
+    rows = json.loads(path.read_text())
+    means = {row["attention"]: 100 * row["accuracy"] for row in rows if row["seed"] == "mean"}
+    fig, [[ax]] = figure(height=0.9 + 0.36 * len(means))
+    bars(ax, list(means), list(means.values()), "accuracy, % (mean; dots: seeds)", "{:.1f}")
+    seeds = [(100 * row["accuracy"], row["attention"]) for row in rows if row["seed"] != "mean"]
+    ax.plot(*zip(*seeds), "o", color=GREY, markersize=5, markerfacecolor="none")
+    solved = [name for name, accuracy in means.items() if accuracy >= 99]
+    save(fig, path.with_suffix(".png"), f"Associative recall is solved by {', '.join(solved) or 'none of them'}")
+
+
+def properties(path):
+    found = json.loads(path.read_text())
+    mean = {row["map"]: row for row in found["rows"] if row["layer"] == "mean"}
+    fig, [axes] = figure(columns=2, height=0.9 + 0.36 * len(mean), sharey=True)
+    bars(axes[0], list(mean), [row["entropy"] for row in mean.values()], "entropy of a row of weights (nats)")
+    axes[0].axvline(mean["softmax"]["entropy"], color=GREY, linestyle="--", linewidth=1.2)
+    bars(axes[1], list(mean), [row["rank_correlation"] for row in mean.values()], "rank correlation with q·k")
+    axes[0].invert_yaxis()  # a shared axis that `bars` has turned twice
+    near = min((name for name in mean if name != "softmax"), key=lambda name: mean[name]["entropy_gap_abs"])
+    save(fig, path.with_suffix(".png"), f"Closest to softmax, row by row: {near}, {mean[near]['entropy_gap_abs']:.2f} "
+         f"nats of entropy away")
+
+    curves = found["curves"]
+    fig, axes = figure(-(-len(curves) // 4), 4, height=2 * -(-len(curves) // 4) + 0.9, sharex=True, sharey=True)
+    for ax, (name, points) in zip(axes.flat, curves.items()):
+        x, y, low, high = ([point[key] for point in points] for key in ("log_softmax", "mean", "low", "high"))
+        ax.fill_between(x, low, high, color=color(name), alpha=0.25, linewidth=0)
+        ax.plot(x, y, color=color(name))
+        ax.plot([-8, 0], [2.718 ** -8, 1], color=GREY, linestyle="--", linewidth=1)
+        ax.set(yscale="log", ylim=(1e-4, 1.5))
+        ax.set_title(name, fontsize=11.5)
+    for ax in axes.flat[len(curves):]:
+        ax.set_axis_off()
+    fig.supxlabel("log of softmax's weight: q·k/√D up to a constant of the row", color=GREY, fontsize=12)
+    fig.supylabel("weight (mean, 10–90 %)", color=GREY, fontsize=12)
+    best = max((name for name in mean if name != "softmax"), key=lambda name: mean[name]["rank_correlation"])
+    worst = min(mean, key=lambda name: mean[name]["rank_correlation"])
+    save(fig, path.with_name(path.stem + "_monotone.png"), f"Most monotone in q·k: {best} "
+         f"({mean[best]['rank_correlation']:.2f}), least: {worst} ({mean[worst]['rank_correlation']:.2f})")
+
+
+def attention_maps(path):
+    found = json.loads(path.read_text())
+    names = list(found["maps"])
+    fig, axes = figure(len(found["heads"]), len(names), height=2.15 * len(found["heads"]) + 0.6)
+    for i, (layer, head) in enumerate(found["heads"]):
+        for j, name in enumerate(names):
+            ax, rows = axes[i, j], found["maps"][name][i]
+            T = len(rows)
+            square = [[max(0, w) ** 0.5 for w in row] + [float("nan")] * (T - len(row)) for row in rows]
+            ax.imshow(square, cmap="inferno", vmin=0, vmax=1, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            ax.set_title(name, fontsize=11.5) if i == 0 else None
+        axes[i, 0].set_ylabel(f"layer {layer}, head {head}")
+    kl = {name: sum(found["kl_of_heads"][name]) / len(found["heads"]) for name in names if name != "softmax"}
+    save(fig, path.with_suffix(".png"), "KL from softmax: " + ", ".join(f"{name} {x:.2f}" for name, x in kl.items()))
+
+
+def conversion(path):
+    rows = [row for row in json.loads(path.read_text()) if row["stage"] in ("teacher", "finetuned")]
+    ppl = {f"{row['name']}, {row['stage']}" if row["name"] != "teacher" else "softmax, teacher":
+           row["valid_ppl"] if row.get("test_ppl") is None else row["test_ppl"] for row in rows}
+    fig, [[ax]] = figure(height=0.9 + 0.36 * len(ppl))
+    bars(ax, list(ppl), list(ppl.values()), "perplexity (lower is better)")
+    best = min((name for name in ppl if not name.startswith("softmax")), key=ppl.get, default="softmax, teacher")
+    save(fig, path.with_suffix(".png"), f"The best converted model, {best}, has perplexity {ppl[best]:.2f}")
+
+
+FIGURES = (("tiny", loss_curves), ("wikitext103", loss_curves), ("benchmark-cpu.json", benchmark),
+           ("benchmark-cuda.json", benchmark), ("associative_recall.json", associative_recall),
+           ("attention_properties.json", properties), ("attention_maps.json", attention_maps),
+           ("convert/summary.json", conversion))
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the numbers")
+    results = parser.parse_args().results
+    if plt is None:
+        parser.error("matplotlib is missing: pip install -r requirements-experiments.txt")
+    for name, draw in FIGURES:
+        there = (results / name).is_file() or any((results / name).glob("*.csv"))
+        draw(results / name) if there else print(f"without {results / name}: not measured yet")
