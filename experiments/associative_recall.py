@@ -11,9 +11,13 @@ what stood behind it. That takes attention rows with nearly all their weight on 
 import dataclasses
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +40,15 @@ class RecallConfig:
     attention: str = opt("all", "which one, or all", ("all", *VARIANTS))
     seeds: int = opt(3, "runs of each, with seeds 0, 1, ...")
     vocabulary: int = opt(40, "tokens: the first half are keys, the second half values (=> is one more)")
-    length: int = opt(32, "tokens of a test row, an even number")
-    shortest: int = opt(4, "training rows have every even length from this on, as often each; --length: that alone")
-    train_rows: int = opt(0, "rows to learn from, again and again; 0: fresh rows at every step")
+    length: int = opt(32, "tokens a row, an even number")
+    train_rows: int = opt(10000, "rows to learn from, again and again; 0: fresh rows at every step")
     test_rows: int = opt(2000, "fresh rows to be tested on")
     n_layer: int = opt(2, "layers")
     n_head: int = opt(1, "heads a layer")
     n_embd: int = opt(64, "model width")
     tie_head: bool = opt(False, "one matrix for the embedding and the output")
     steps: int = opt(4000, "optimizer steps")
-    batch_size: int = opt(256, "rows a step")
+    batch_size: int = opt(64, "rows a step")
     lr: float = opt(1e-3, "peak learning rate")
     map_lr_scale: float = opt(1.0, "learning rate of the feature maps, times --lr")
     warmup: int = opt(100, "steps of linear warm-up; a cosine to a tenth of --lr follows")
@@ -53,6 +56,7 @@ class RecallConfig:
     beta2: float = opt(0.99, "AdamW's second moment")
     clip: float = opt(1.0, "largest norm of the gradient")
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    workers: int = opt(1, "runs at once, each in a process of its own: a GPU has room for a dozen")
     out: str = opt("experiments/results/associative_recall.json", "the rows; the figure goes beside it")
 
 
@@ -66,8 +70,11 @@ def make_rows(n, length, vocabulary, generator):
     return torch.cat((pairs, torch.full_like(asked, vocabulary), asked), dim=1), value_of.gather(1, asked)[:, 0]
 
 
-def run(config, name, seed, device):
-    """Train one model and return its accuracy on rows that it has not seen, between 0 and 1."""
+def run(config, name, seed):
+    """Train one model: its accuracy on rows that it has not seen, between 0 and 1, and the seconds it took."""
+    device, start = pick_device(config.device, "float32")[0], time.perf_counter()
+    if config.workers > 1:
+        torch.set_num_threads(1)
     generator = torch.Generator(device).manual_seed(seed)
     test_x, test_y = make_rows(config.test_rows, config.length, config.vocabulary, generator)
     train_x, train_y = make_rows(config.train_rows or 1, config.length, config.vocabulary, generator)
@@ -75,7 +82,7 @@ def run(config, name, seed, device):
     model = GPT(GPTConfig(config.length, config.vocabulary + 1, config.n_layer, config.n_head, config.n_embd,
                           tie_head=config.tie_head, segment_size=0, **VARIANTS[name])).to(device)
     optimizer = make_optimizer(model, config, device)
-    with trange(config.steps, desc=f"{name}, seed {seed}", disable=None) as bar:
+    with trange(config.steps, desc=f"{name}, seed {seed}", disable=True if config.workers > 1 else None) as bar:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config) * group["lr_scale"]
@@ -83,8 +90,7 @@ def run(config, name, seed, device):
                 some = torch.randint(config.train_rows, (config.batch_size,), generator=generator, device=device)
                 x, y = train_x[some], train_y[some]
             else:
-                lengths = range(config.shortest, config.length + 1, 2)
-                x, y = make_rows(config.batch_size, lengths[step % len(lengths)], config.vocabulary, generator)
+                x, y = make_rows(config.batch_size, config.length, config.vocabulary, generator)
             loss = F.cross_entropy(model(x)[0][:, -1], y)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -94,27 +100,28 @@ def run(config, name, seed, device):
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
     with torch.no_grad():
-        return (model(test_x)[0][:, -1].argmax(dim=-1) == test_y).float().mean().item()
+        right = model(test_x)[0][:, -1].argmax(dim=-1) == test_y
+    return right.float().mean().item(), time.perf_counter() - start
 
 
 def main(config):
-    if config.length < 4 or config.length % 2 or not 4 <= config.shortest <= config.length or config.shortest % 2:
-        raise ValueError("--length and --shortest must be even and at least 4, and --shortest at most --length, got "
-                         f"{config.length} and {config.shortest}")
-    device, _, why = pick_device(config.device, "float32")
+    if config.length < 4 or config.length % 2:
+        raise ValueError(f"--length must be even and at least 4, got {config.length}")
+    names = list(VARIANTS) if config.attention == "all" else [config.attention]
     about = dict(config=dataclasses.asdict(config), **provenance())
     rows = []
-    print(f"chance is {2 / config.vocabulary:.3f}; on {why}")
-    for name in VARIANTS if config.attention == "all" else [config.attention]:
-        start, accuracy = time.perf_counter(), []
-        for seed in range(config.seeds):
-            accuracy.append(run(config, name, seed, device))
-            rows.append(dict(attention=name, seed=seed, accuracy=accuracy[-1], **about))
-        seconds = (time.perf_counter() - start) / config.seeds
-        rows.append(dict(attention=name, seed="mean", accuracy=mean(accuracy), seconds_a_seed=seconds, **about))
-        print(f"{name:14} {mean(accuracy):.3f}   {' '.join(f'{a:.3f}' for a in accuracy)}   {seconds:.0f} s a seed",
-              flush=True)
-        save_json(Path(config.out), rows)
+    print(f"chance is {2 / config.vocabulary:.3f}; on {pick_device(config.device, 'float32')[2]}")
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:    # CUDA cannot be forked
+        submit = pool.submit if config.workers > 1 else lambda f, *x: SimpleNamespace(result=partial(f, *x))
+        jobs = {name: [submit(run, config, name, seed) for seed in range(config.seeds)] for name in names}
+        for name in names:
+            accuracy, seconds = zip(*(job.result() for job in jobs[name]))
+            rows += [dict(attention=name, seed=seed, accuracy=a, seconds=t, **about)
+                     for seed, (a, t) in enumerate(zip(accuracy, seconds))]
+            rows.append(dict(attention=name, seed="mean", accuracy=mean(accuracy), seconds=mean(seconds), **about))
+            print(f"{name:14} {mean(accuracy):.3f}   {' '.join(f'{a:.3f}' for a in accuracy)}   "
+                  f"{mean(seconds):.0f} s a seed", flush=True)
+            save_json(Path(config.out), rows)
     plot.draw(plot.associative_recall, Path(config.out))
 
 

@@ -1,0 +1,145 @@
+"""Every experiment at toy size, and the measures they report against counts by hand."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import associative_recall
+import attention_maps
+import attention_properties
+import plot
+from train_gpt import PRESETS, TrainConfig, parse_config, train
+
+needs_matplotlib = pytest.mark.skipif(plot.plt is None, reason="matplotlib draws the figures: "
+                                      "pip install -r requirements-experiments.txt")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A small softmax model, barely trained, and the folder of its text."""
+    from data.prepare import main as prepare
+    folder = tmp_path_factory.mktemp("teacher")
+    text = folder / "text.txt"
+    text.write_text("".join(f"The hedgehog counts {i} apples, and the fox counts {i * i % 97}.\n" for i in range(90)))
+    assert prepare([str(text), "--out", str(folder / "data")]) == 0
+    flags = ("--attention softmax --n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --batch-size 4 --steps 4 --warmup 1 "
+             f"--device cpu --data {folder / 'data'} --out {folder / 'run'}")
+    train(parse_config(TrainConfig, PRESETS, flags.split()))
+    return folder
+
+
+# ---------------------------------------------------------------- associative recall
+
+
+def test_the_asked_key_has_occurred_and_the_answer_is_its_value():
+    x, y = associative_recall.make_rows(200, 16, 10, torch.Generator().manual_seed(0))
+    maps = set()
+    for row, answer in zip(x.tolist(), y.tolist()):
+        pairs = list(zip(row[:-2:2], row[1:-2:2]))
+        value_of = dict(pairs)
+        assert row[-2] == 10 and value_of[row[-1]] == answer
+        assert all(value_of[k] == v for k, v in pairs)                      # a key has one value in a row
+        assert all(k < 5 <= v < 10 for k, v in pairs)
+        maps.add(tuple(sorted(value_of.items())))
+    assert len(maps) > 150                                                  # and another one in another row
+    assert any(len(set(row[:-2:2])) < 7 for row in x.tolist())              # pairs repeat
+
+
+def test_recall_is_learned_where_it_is_easy_and_the_rows_say_so(tmp_path, capsys):
+    flags = ("--length 4 --vocabulary 6 --steps 150 --lr 1e-2 --n-embd 32 --seeds 2 --test-rows 200 --train-rows 0 "
+             f"--attention softmax --device cpu --out {tmp_path / 'rows.json'}")
+    associative_recall.main(parse_config(associative_recall.RecallConfig, argv=flags.split()))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["attention"], row["seed"]) for row in rows] == [("softmax", 0), ("softmax", 1), ("softmax", "mean")]
+    assert rows[2]["accuracy"] == pytest.approx((rows[0]["accuracy"] + rows[1]["accuracy"]) / 2) and rows[2]["accuracy"] > 0.9
+    assert {"command", "commit", "device", "torch", "config"} <= rows[0].keys()
+    assert "chance is 0.333" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in associative_recall.VARIANTS if name != "softmax"])
+def test_every_attention_takes_part(name, tmp_path):
+    flags = ["--length", "6", "--vocabulary", "6", "--steps", "2", "--seeds", "1", "--test-rows", "50", "--train-rows", "20",
+             "--n-embd", "16", "--attention", name, "--device", "cpu", "--out", str(tmp_path / "rows.json")]
+    associative_recall.main(parse_config(associative_recall.RecallConfig, argv=flags))
+    assert 0 <= json.loads((tmp_path / "rows.json").read_text())[0]["accuracy"] <= 1
+
+
+def test_an_odd_length_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--length must be even"):
+        associative_recall.main(associative_recall.RecallConfig(length=7))
+
+
+# ---------------------------------------------------------------- properties and pictures
+
+
+def test_entropy_and_rank_correlation_are_what_they_are_called():
+    assert attention_properties.entropy(torch.tensor([0.5, 0.5, 0.0])).item() == pytest.approx(math.log(2))
+    x = torch.tensor([0.1, 0.7, 0.3, 0.2])
+    correlation = attention_properties.rank_correlation
+    assert correlation(x, x.exp()).item() == pytest.approx(1)
+    assert correlation(x, -x ** 3).item() == pytest.approx(-1)
+    assert correlation(x, torch.ones(4)).item() == 0
+    # Ranks 1 4 3 2 and 2 3 4 1: 1 - 6 (1 + 1 + 1 + 1) / (4 * 15), by Spearman's formula.
+    assert correlation(x, torch.tensor([0.2, 0.3, 0.9, 0.1])).item() == pytest.approx(1 - 24 / 60)
+    assert attention_properties.ranks(torch.tensor([5.0, 1.0, 5.0])).tolist() == [2.5, 1.0, 2.5]
+
+
+def test_softmax_has_its_own_entropy_and_is_monotone_in_q_k():
+    torch.manual_seed(0)
+    layers = [torch.randn(2, 1, 2, 16, 4).unbind()]
+    rows, _ = attention_properties.properties(None, layers)
+    assert rows[0]["entropy_gap"] == 0 and rows[0]["rank_correlation"] == pytest.approx(1, abs=1e-6)
+
+
+def test_kl_is_zero_against_itself_and_a_picture_holds_the_past_alone():
+    p = torch.rand(5, 5).tril()
+    p /= p.sum(-1, keepdim=True)
+    uniform = torch.ones(5, 5).tril()
+    uniform /= uniform.sum(-1, keepdim=True)
+    assert attention_maps.kl(p, p) == 0 and attention_maps.kl(p, uniform) > 0
+    assert [len(row) for row in attention_maps.triangle(p)] == [1, 2, 3, 4, 5]
+
+
+def test_properties_of_every_map_are_measured(teacher, tmp_path, capsys):
+    out = tmp_path / "properties.json"
+    flags = f"--teacher {teacher / 'run'} --data {teacher / 'data'} --maps {tmp_path / 'maps'} --distill-steps 3 --blocks 1"
+    config = parse_config(attention_properties.PropertiesConfig, argv=[*flags.split(), "--device", "cpu", "--out", str(out)])
+    attention_properties.main(config)
+    found = json.loads(out.read_text())
+    names = {row["map"] for row in found["rows"]}
+    assert names == {"softmax", *attention_properties.MAPS} == set(found["curves"])
+    before = out.read_text()
+    attention_properties.main(config)  # the distilled maps are read again, not made again
+    again = json.loads(before)["rows"], json.loads(out.read_text())["rows"]
+    assert again[0] == again[1]
+
+
+def test_attention_maps_are_measured_and_drawn(teacher, tmp_path, capsys):
+    out = tmp_path / "attention_maps.json"
+    attention_maps.main(attention_maps.parse([str(teacher / "run"), "--data", str(teacher / "data"), "--text", "The fox",
+                                              "--distill-steps", "3", "--maps", str(tmp_path / "maps"), "--short", "8",
+                                              "--device", "cpu", "--out", str(out)]))
+    found = json.loads(out.read_text())
+    assert {row["text"] for row in found["rows"]} == {"training", "held out", "other"}
+    assert {row["context"] for row in found["rows"] if row["distilled_at"] == 8} == {8, 16, 32}
+    assert all(row["mean"] > -1e-6 for row in found["rows"])
+    assert "distilled at" in capsys.readouterr().out
+
+
+@needs_matplotlib
+def test_every_figure_is_drawn_from_the_committed_numbers(tmp_path):
+    import shutil
+    shutil.copytree(ROOT / "experiments" / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
+    for name, draw in plot.FIGURES:
+        path = tmp_path / "results" / name
+        if path.is_file() or any(path.glob("*.csv")):
+            draw(path)
+    assert len(list((tmp_path / "results").rglob("*.png"))) >= 2
+    assert all(path.stat().st_size < 400_000 for path in (tmp_path / "results").rglob("*.png"))
