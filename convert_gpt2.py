@@ -335,8 +335,8 @@ def stage_config(config, model, stage, **changes):
 class Results:
     """summary.json of --out: a row for each stage of each conversion, whatever run made it."""
 
-    def __init__(self, folder):
-        self.path = folder / "summary.json"
+    def __init__(self, folder, device):
+        self.path, self.device = folder / "summary.json", device
         self.rows = []
         if self.path.exists():
             try:
@@ -350,7 +350,7 @@ class Results:
 
     def add(self, **row):
         replaced = self.find(name=row["name"], stage=row["stage"], tokens=row["tokens"])
-        row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance()
+        row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device)
         self.rows = [r for r in self.rows if r not in replaced] + [row]
         save_json(self.path, self.rows)
         tqdm.write(f"{row['name']}, {row['stage']}: valid {row['valid_nats']:.4f} nats, "
@@ -395,13 +395,13 @@ def convert(config):
         return evaluate_splits(model.to(device).eval(), data, stage2.block_size, batch, device, autocast)
 
     say(f"{name}: {config.teacher or 'the tiny softmax model'} with {config.attention} attention, on {why}")
-    results, base = Results(folder), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
+    results, base = Results(folder, device), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
     before = measure(teacher)
     del teacher
     for row in results.find(**base):
         if abs(row["valid_nats"] - before["valid_nats"]) > 0.01:  # a GPU and a CPU differ by less
             raise ValueError(f"{folder} holds results of another teacher, text or block size: choose another --out")
-    start_run(folder / name, config, say)
+    start_run(folder / name, config, device, say)
     if not results.find(**base):
         results.add(**base, **before)
     same = dict(attention="softmax", stage="finetuned", tokens=config.steps * config.batch_size * stage2.block_size)
@@ -452,11 +452,11 @@ def was_begun(config):
     return True
 
 
-def start_run(run, config, say):
+def start_run(run, config, device, say):
     if run.exists() and not config.resume:
         move_aside(run, say)
     run.mkdir(parents=True, exist_ok=True)
-    save_json(run / "config.json", dict(config=asdict(config), **provenance()))
+    save_json(run / "config.json", dict(config=asdict(config), **provenance(device)))
 
 
 if __name__ == "__main__":

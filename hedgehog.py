@@ -65,7 +65,7 @@ class FeatureMap(nn.Module):
         if kind not in FEATURE_MAPS:
             raise ValueError(f"unknown feature map {kind!r}: choose one of {', '.join(FEATURE_MAPS)}")
         H, D, m = n_head, head_dim, n_features or 2 * head_dim
-        self.kind, self.temperature, self.max_len = kind, temperature, max_len
+        self.kind, self.n_head, self.head_dim, self.temperature, self.max_len = kind, H, D, temperature, max_len
         self.feature_dim = {"performer": m, "taylor": 1 + D + D * D, "hedgehog": 2 * D, "hedgehog_exp": 2 * D,
                             "cosformer": 2 * D}.get(kind, D)
         learned = kind in ("hedgehog", "hedgehog_exp", "t2r")
@@ -75,7 +75,8 @@ class FeatureMap(nn.Module):
             self.register_buffer("projection", orthogonal_gaussian(H, m, D))
 
     def forward(self, x, offset=0, is_query=False):
-        """x (B, H, T, D) -> (B, H, T, P). `offset`: position of x[:, :, 0] (cosformer). `is_query`: see `safe_exp`."""
+        """x (B, H, T, D) -> (B, H, T, P). `offset`: position of x[:, :, 0] (cosformer). `is_query`: see `safe_exp`;
+        without it the exponential maps saturate at e^-30 and e^30."""
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
             u = x
@@ -198,7 +199,8 @@ def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state
     "auto" is "chunked", or on a GPU the kernels of hedgehog_triton.py where they can run.
     state: what an earlier call returned; continues that sequence ("auto", "chunked" and "recurrent").
     causal=False: the sum runs over all s, in O(T), whatever the form ("quadratic" forms the weights).
-    Sums are float32 for half precision, under autocast too; float64 stays float64.
+    Sums are float32 for half precision, under autocast too; float64 stays float64. On a GPU the operands of float32
+    products are rounded to tf32 if you have allowed it (torch.set_float32_matmul_precision).
 
     eps: a row whose denominator is below it attends to nothing, and is zero with zero gradient. Trained maps reach
     denominators of 1e-28, and a result must not depend on the scale of the features, so eps is a bound and never an
@@ -298,7 +300,7 @@ class LinearAttention(nn.Module):
 
     Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
     segments is kept, and the backward pass recomputes the features of one segment at a time. That takes about the
-    memory of softmax attention, for 35 to 60 % more time. `segment_size=0` keeps everything instead. The fused kernels
+    memory of softmax attention, for 35 to 60 % more time forward and backward. `segment_size=0` keeps everything instead. The fused kernels
     ("auto" on a GPU) do without: they never write the features of the hedgehog map.
     """
 
@@ -312,6 +314,10 @@ class LinearAttention(nn.Module):
 
     def forward(self, q, k, v, form="auto", state=None, return_state=False, offset=0):
         """Arguments as in `linear_attention`; `offset` is the position of the first token (cosformer)."""
+        H, D = self.map_q.n_head, self.map_q.head_dim
+        if q.ndim != 4 or q.shape[1::2] != (H, D) or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+            raise ValueError(f"expected q and k (B, {H}, T, {D}) and v (B, {H}, T, any), got {tuple(q.shape)}, "
+                             f"{tuple(k.shape)} and {tuple(v.shape)}")
         kernels, has_map = None, self.map_q.kind == "hedgehog"
         if form == "auto" and q.dtype == k.dtype == v.dtype:
             kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map)
@@ -507,9 +513,9 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token. A prompt longer than block_size is cropped to its end. When the block
         is full, the newest half of it is read again as a fresh prompt, since GPT-2's learned positions end there.
         """
-        if not temperature >= 0 or (top_k is not None and top_k < 1) or idx.shape[1] < 1:
-            raise ValueError("generation needs temperature >= 0, top_k >= 1 and a prompt of at least one token, got "
-                             f"{temperature}, {top_k} and {idx.shape[1]}")
+        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or idx.shape[1] < 1:
+            raise ValueError("generation needs a finite temperature >= 0, top_k >= 1 and a prompt of at least one token, "
+                             f"got {temperature}, {top_k} and {idx.shape[1]}")
         block_size = self.config.block_size
         window, cache = idx[:, -block_size:], self.new_cache()
         n_new = window.shape[1]                                                           # tokens not yet in the cache
@@ -525,7 +531,8 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(dim=-1, keepdim=True)
             else:
-                token = torch.multinomial((logits.float() / temperature).softmax(dim=-1), 1)
+                below = logits.float() - logits.float().amax(dim=-1, keepdim=True)        # no overflow near 0
+                token = torch.multinomial((below / temperature).softmax(dim=-1), 1)
             window, n_new = torch.cat((window, token), dim=1), 1
             yield token
 

@@ -558,7 +558,8 @@ attention_op.register_autograd(run_backward, setup_context=save_for_backward)
 # What hedgehog.py calls
 
 
-SHARED = {torch.bfloat16: (96, 144), torch.float16: (136, 224), torch.float32: (136, 136)}  # KiB, half features <= 64, > 64
+# KiB that a program takes on a Hopper GPU, with half the features at most 64, and with more.
+SHARED = {torch.bfloat16: (96, 144), torch.float16: (136, 224), torch.float32: (136, 136)}
 
 
 @torch.compiler.assume_constant_result
@@ -578,7 +579,7 @@ def unsupported(x, P, D, has_map):
         return f"feature width {P}, the kernels take 32, 64, 128 and 256"
     if x.is_cuda:
         capability, shared = gpu(x.device.index)
-        needed = SHARED[x.dtype][(P if has_map else P // 2) > 64]
+        needed = SHARED[x.dtype][int((P if has_map else P // 2) > 64)]
         if capability < (8, 0):
             return f"a GPU of compute capability {capability[0]}.{capability[1]}, the kernels take 8.0 and newer"
         if shared < needed:

@@ -51,5 +51,4 @@ if __name__ == "__main__":
     parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest only; 0: from all")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     cli(lambda: sample(**vars(parser.parse_args())), out_of_memory="say --device cpu")

@@ -589,11 +589,19 @@ BAD_CALLS = [
     ("max_len=8 positions, got 9", lambda: FeatureMap(2, 4, "cosformer", max_len=8)(x, offset=4)),
     ("unknown attention 'flash': choose one of", lambda: GPTConfig(attention="flash")),
     ("n_embd=10 must be divisible by n_head=4", lambda: GPTConfig(n_embd=10, n_head=4)),
+    ("n_layer, n_head.*at least 1", lambda: GPTConfig(n_head=0)),
+    ("chunk_size must be at least 1|chunk_size.*at least 1", lambda: GPTConfig(chunk_size=0)),
+    ("segment_size=-1", lambda: GPTConfig(segment_size=-1)),
+    (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x, x[:, :, :2], x)),
+    (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4, segment_size=2)(x, x, x[:, :, :2])),
+    (r"expected q and k \(B, 3, T, 4\)", lambda: LinearAttention(3, 4)(x, x, x)),
+    (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x[:, :1], x[:, :1], x)),
     ("17 tokens does not fit block_size=16", lambda: tiny_gpt()(ids)),
     ("17 tokens does not fit block_size=16", lambda: overfill(tiny_gpt())),
     ("beyond the vocabulary of 31", lambda: tiny_gpt()(torch.tensor([[0, 31, 0]]))),
     ("vocabulary", lambda: tiny_gpt()(torch.tensor([[-1, 3]]))),
     ("temperature >= 0", lambda: tiny_gpt().generate(ids, 1, temperature=-1.0)),
+    ("finite temperature", lambda: tiny_gpt().generate(ids, 1, temperature=math.inf)),
     ("top_k >= 1", lambda: tiny_gpt().generate(ids, 1, top_k=0)),
     ("prompt of at least one token", lambda: tiny_gpt().generate(ids[:, :0], 1)),
 ]
@@ -603,3 +611,14 @@ BAD_CALLS = [
 def test_bad_input_is_refused_with_the_remedy(message, call):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_exponential_keys_are_exact_up_to_30_and_finite_beyond():
+    u = torch.tensor([-29.0, 29.0, -31.0, 1e4], dtype=torch.float64)
+    phi = FeatureMap(1, 4, "exp")(u.view(1, 1, 1, 4)).flatten()
+    assert torch.equal(phi[:2], u[:2].exp()) and phi[2] == math.exp(-30) and phi[3] == math.exp(30)
+
+
+def test_a_block_of_one_token_generates():
+    model = GPT(GPTConfig(block_size=1, vocab_size=31, n_layer=1, n_head=2, n_embd=8)).eval()
+    assert model.generate(torch.tensor([[3]]), 4, temperature=1e-45).shape == (1, 5)

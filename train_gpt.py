@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import subprocess
@@ -98,12 +97,13 @@ class TrainConfig:
 
     def __post_init__(self):
         least = dict(steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, weight_decay=0,
-                     clip=0, seed=0, lora_rank=0)
+                     seed=0, lora_rank=0)
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}")
-        if self.seed >= 2 ** 31 or not 0 <= self.beta2 < 1:
-            raise ValueError(f"--seed must be below 2^31 and --beta2 in [0, 1), got {self.seed} and {self.beta2}")
+        if self.seed >= 2 ** 31 or not 0 <= self.beta2 < 1 or not self.clip > 0:
+            raise ValueError("--seed must be below 2^31, --beta2 in [0, 1) and --clip above 0 (inf: no clipping), got "
+                             f"{self.seed}, {self.beta2} and {self.clip}")
 
 
 PRESETS = {
@@ -347,7 +347,7 @@ def load_checkpoint(path):
         complete = {"model", "optimizer", "state", "model_config", "meta", "config"} <= checkpoint.keys()
     except PermissionError:
         raise
-    except (RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as e:
+    except Exception as e:  # whatever a file of other bytes makes of the unpickler
         raise ValueError(damaged(path)) from e
     if not complete:
         raise ValueError(damaged(path))
@@ -370,17 +370,27 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
-def provenance():
+def device_name(device):
+    """The chip's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        cpu = next(line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return f"Apple GPU of {cpu}" if device.type == "mps" else f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def provenance(device):
     """What a result needs to be trusted: command, commit, versions, device."""
     try:
         git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
-    cuda = torch.cuda.is_available()
     return dict(command=" ".join(["python", *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
-                python=platform.python_version(),
-                device=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine())
+                python=platform.python_version(), device=device_name(device))
 
 
 class Log:
@@ -394,8 +404,9 @@ class Log:
         writer = csv.DictWriter(kept, self.columns)
         writer.writeheader()
         if start and path.exists():
-            with path.open(newline="") as f:
-                writer.writerows(row for row in csv.DictReader(f) if int(row["step"]) < start)
+            with path.open(newline="") as f:  # a row cut short by a crash is dropped
+                writer.writerows(row for row in csv.DictReader(f)
+                                 if set(row) == set(self.columns) and all(row.values()) and int(row["step"]) < start)
         write_atomically(path, lambda f: f.write(kept.getvalue().encode()))
         self.file = path.open("a", newline="")
         self.writer = csv.DictWriter(self.file, self.columns)
@@ -503,7 +514,7 @@ def train(config, model=None):
     tokenizer = load_tokenizer(data["meta"]["tokenizer"])  # now, and not after hours: what cannot work fails here
     prompt = encode_prompt(tokenizer, config.prompt)
     if rank == 0:
-        start_folder(out, config, raw, data["meta"], say)
+        start_folder(out, config, raw, data["meta"], device, say)
     model = torch.compile(raw) if config.compile else raw
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -533,7 +544,7 @@ def train(config, model=None):
                     save("best.pt")
                 save("last.pt")
                 if log:
-                    rate = speed(seconds, tokens_per_step)
+                    rate = speed(seconds or [state["seconds"] / max(1, step)], tokens_per_step)
                     log.row(step, tokens_per_step, learning_rate(step, config), state, nats, rate)
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
@@ -551,7 +562,7 @@ def train(config, model=None):
                 raise SystemExit(130)
     summary = None
     if rank == 0:
-        rate = speed(seconds, tokens_per_step)
+        rate = speed(seconds or [state["seconds"] / max(1, step)], tokens_per_step)
         summary = finish(config, raw, data, out, device, autocast, micro, state, rate)
         text = tokenizer.decode_bytes(raw.generate(prompt.to(device), 200, temperature=0.8, top_k=50)[0].tolist())
         say(f"best after step {summary['best_step']}: valid {summary['valid_nats']:.4f} nats, perplexity "
@@ -595,12 +606,13 @@ def build(config, meta, device, model=None):
     return model, optimizer, checkpoint["state"]
 
 
-def start_folder(out, config, model, meta, say):
+def start_folder(out, config, model, meta, device, say):
     """Make the run folder. A run that is already there is moved aside, never overwritten."""
     if not config.resume and (out / "last.pt").exists():
         move_aside(out, say)
     out.mkdir(parents=True, exist_ok=True)
-    save_json(out / "config.json", dict(config=asdict(config), model=asdict(model.config), meta=meta, **provenance()))
+    about = provenance(device)
+    save_json(out / "config.json", dict(config=asdict(config), model=asdict(model.config), meta=meta, **about))
 
 
 def move_aside(out, say):
@@ -619,7 +631,7 @@ def finish(config, model, data, out, device, autocast, micro, state, tokens_per_
                    steps=config.steps, tokens=trained, best_step=best["state"]["step"], unit=meta["unit"])
     summary |= evaluate_splits(model, data, config.block_size, micro, device, autocast)
     summary |= dict(tokens_per_second=tokens_per_second, train_seconds=state["seconds"], peak_gib=peak_gib(device),
-                    **provenance())
+                    **provenance(device))
     save_json(out / "summary.json", summary)
     return summary
 
@@ -634,7 +646,8 @@ def encode_prompt(tokenizer, prompt):
 
 def speed(seconds, tokens_per_step):
     """Tokens a second at the median step: compilation and hiccups do not count."""
-    return tokens_per_step / float(np.median(seconds)) if seconds else 0.0
+    median = float(np.median(seconds)) if seconds else 0.0
+    return tokens_per_step / median if median else 0.0
 
 
 @contextmanager
@@ -658,9 +671,12 @@ def interrupts(say):
 
 def cli(run, out_of_memory="double --accum, or lower --batch-size, --block-size or --n-embd"):
     """run(), with what a user can mend told in a sentence and exit code 2 instead of a traceback."""
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show becomes a question mark
     try:
         run()
         return
+    except UnicodeError:  # a ValueError, but a bug
+        raise
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except BrokenPipeError:  # the reader of our output has left, as in `sample.py ... | head`

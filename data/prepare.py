@@ -44,7 +44,7 @@ DEFAULT_WORKERS = min(8, os.cpu_count() or 1)      # past that, Python's interpr
 SPLITS = ("train", "valid", "test")
 DECOMPRESSORS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
-# Both were reported alive in mid-2026; neither was tried by us. The zip's own sha256 is not known to us, but these are:
+# Neither was tried by us. The zip's own sha256 is not known to us, but these are:
 # the published test file, and the counts of GPT-2 tokens in the whole files, no end-of-text token, no detokenizer.
 WIKITEXT103_MIRRORS = (
     "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",

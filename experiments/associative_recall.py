@@ -108,9 +108,10 @@ def main(config):
     if config.length < 4 or config.length % 2:
         raise ValueError(f"--length must be even and at least 4, got {config.length}")
     names = list(VARIANTS) if config.attention == "all" else [config.attention]
-    about = dict(config=dataclasses.asdict(config), **provenance())
+    device, _, why = pick_device(config.device, "float32")
+    about = dict(config=dataclasses.asdict(config), **provenance(device))
     rows = []
-    print(f"chance is {2 / config.vocabulary:.3f}; on {pick_device(config.device, 'float32')[2]}")
+    print(f"chance is {2 / config.vocabulary:.3f}; on {why}")
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:    # CUDA cannot be forked
         submit = pool.submit if config.workers > 1 else lambda f, *x: SimpleNamespace(result=partial(f, *x))
         jobs = {name: [submit(run, config, name, seed) for seed in range(config.seeds)] for name in names}

@@ -98,7 +98,7 @@ def main(args):
             rows += measure(name, model, {"held out": data["valid"]}, context, short if "after" in name else None,
                             device)
     save_json(Path(args.out), dict(rows=rows, heads=heads, text=args.text, **pictures(models, layers, heads),
-                                   other=Path(args.other).name, distill_steps=args.distill_steps, **provenance()))
+                                   other=Path(args.other).name, distill_steps=args.distill_steps, **provenance(device)))
     print(table(rows))
     plot.draw(plot.attention_maps, Path(args.out))
 

@@ -151,7 +151,7 @@ def main(config):
         tqdm.write(f"{name:28} entropy {mean['entropy']:.3f} nats, {mean['entropy_gap']:+.3f} from softmax's, "
                    f"rank correlation with q.k {mean['rank_correlation']:.3f}")
     save_json(Path(config.out), dict(rows=rows, curves=curves, blocks=config.blocks, block_size=T,
-                                     distill_steps=config.distill_steps, seed=config.seed, **provenance()))
+                                     distill_steps=config.distill_steps, seed=config.seed, **provenance(device)))
     plot.draw(plot.properties, Path(config.out))
 
 

@@ -21,7 +21,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -36,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # hedgehog.py lies there, and is not an installed package
 from hedgehog import GPT, GPTConfig, LinearAttention  # noqa: E402
-from train_gpt import provenance  # noqa: E402
+from train_gpt import device_name, provenance  # noqa: E402
 
 MIB = 2**20
 PAIRS = (("chunked", "softmax"), ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"),
@@ -317,16 +316,6 @@ def table(rows):
     return "\n".join(lines)
 
 
-def device_name(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-        return next(line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -360,8 +349,8 @@ def main(argv=None):
     os.environ["OMP_NUM_THREADS"] = str(args.threads)       # for fast_transformers, which brings its own OpenMP
     torch.set_num_threads(args.threads)
     command = shlex.join(["python", "experiments/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
-    common = {"H": args.heads, "D": args.dim, "dtype": args.dtype, "device": device_name(args.device),
-              "threads": args.threads, "torch": torch.__version__, "command": command, "commit": provenance()["commit"],
+    common = {"H": args.heads, "D": args.dim, "dtype": args.dtype, "device": device_name(torch.device(args.device)),
+              "threads": args.threads, "torch": torch.__version__, "command": command, "commit": provenance(torch.device(args.device))["commit"],
               "date": datetime.datetime.now().isoformat(timespec="seconds")}
     rows = []
     # flash-linear-attention's autotuner does not know of T: on CUDA every T gets a fresh process.

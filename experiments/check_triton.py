@@ -121,7 +121,7 @@ if __name__ == "__main__":
         if not row["ok"] or options.small:
             print(case[:4], str(case[4])[6:], case[5:], "ok" if row["ok"] else "FAILED", row["worst"],
                   f"identical={row['identical']}", {n: f"{e:.1e}" for n, e in row["errors"].items()}, flush=True)
-    about = provenance()
+    about = provenance(torch.device("cuda"))
     if not options.small:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps([dict(row, **about) for row in rows], indent=1) + "\n")

@@ -381,7 +381,7 @@ def test_maps_start_from_the_identity_and_random_features_from_the_seed():
 
 
 def test_the_ratio_is_to_the_best_teacher_finetuned_for_as_many_tokens(tmp_path):
-    results = convert_gpt2.Results(tmp_path)
+    results = convert_gpt2.Results(tmp_path, torch.device("cpu"))
     for name, tokens, nats in (("softmax", 10, 2.0), ("softmax-2", 10, 1.9), ("softmax", 20, 1.0), ("elu", 10, 2.9)):
         attention = name.split("-")[0]
         row = dict(name=name, attention=attention, stage="finetuned", tokens=tokens)
@@ -389,7 +389,7 @@ def test_the_ratio_is_to_the_best_teacher_finetuned_for_as_many_tokens(tmp_path)
     lines = str(results).splitlines()
     assert f"{math.e:.3f}" in lines[-1].split() and "1.000" in lines[2].split() and "1.000" in lines[3].split()
     results.add(**row, valid_nats=1.9, valid_ppl=math.exp(1.9))  # in place of the last
-    assert len(convert_gpt2.Results(tmp_path).rows) == 4 and "1.000" in str(results).splitlines()[-1].split()
+    assert len(convert_gpt2.Results(tmp_path, torch.device("cpu")).rows) == 4 and "1.000" in str(results).splitlines()[-1].split()
 
 
 def test_the_gpt2_preset_distils_for_two_epochs_of_the_papers_batch():

