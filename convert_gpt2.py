@@ -178,8 +178,8 @@ def swap(teacher, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stage 1, attention distillation: feature maps learn to give each layer the weights that softmax gives it. Only the maps
-# learn, and every layer learns from the activations of the teacher, whose other weights the linear model shares.
+# Stage 1, attention distillation: feature maps learn to give each layer the weights that softmax gives it. Only the
+# maps learn, and every layer learns from the activations of the teacher, whose other weights the linear model shares.
 
 
 def imitation_loss(q, k, phi_q, phi_k, bounds=(1e-37, 1e34)):

@@ -300,8 +300,8 @@ class LinearAttention(nn.Module):
 
     Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
     segments is kept, and the backward pass recomputes the features of one segment at a time. That takes about the
-    memory of softmax attention, for 35 to 60 % more time forward and backward. `segment_size=0` keeps everything instead. The fused kernels
-    ("auto" on a GPU) do without: they never write the features of the hedgehog map.
+    memory of softmax attention, for 35 to 60 % more time forward and backward. `segment_size=0` keeps everything
+    instead. The fused kernels ("auto" on a GPU) do without: they never write the features of the hedgehog map.
     """
 
     def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, tie_qk=False, chunk_size=64, segment_size=256,
@@ -322,8 +322,8 @@ class LinearAttention(nn.Module):
         if form == "auto" and q.dtype == k.dtype == v.dtype:
             kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map)
         if kernels and has_map:
-            return kernels.fused_attention(q, k, v, self.map_q.weight, self.map_k.weight, self.map_q.bias, self.map_k.bias,
-                                           state, return_state)
+            return kernels.fused_attention(q, k, v, self.map_q.weight, self.map_k.weight, self.map_q.bias,
+                                           self.map_k.bias, state, return_state)
         if kernels or form not in ("auto", "chunked") or not 0 < self.segment_size < q.shape[2]:
             return self.attend(q, k, v, form, state, return_state, offset)
         y, run = [], partial(checkpoint, self.attend, use_reentrant=False, preserve_rng_state=False)
@@ -514,8 +514,8 @@ class GPT(nn.Module):
         is full, the newest half of it is read again as a fresh prompt, since GPT-2's learned positions end there.
         """
         if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or idx.shape[1] < 1:
-            raise ValueError("generation needs a finite temperature >= 0, top_k >= 1 and a prompt of at least one token, "
-                             f"got {temperature}, {top_k} and {idx.shape[1]}")
+            raise ValueError("generation needs a finite temperature >= 0, top_k >= 1 and a prompt of at least one "
+                             f"token, got {temperature}, {top_k} and {idx.shape[1]}")
         block_size = self.config.block_size
         window, cache = idx[:, -block_size:], self.new_cache()
         n_new = window.shape[1]                                                           # tokens not yet in the cache

@@ -90,9 +90,10 @@ def softmaxes(raw, w, b, scale, BIAS: tl.constexpr, PREC: tl.constexpr):
 
 
 @triton.jit
-def features(raw, x, start, rows, stride, cols, w, b, T, scale, MAP: tl.constexpr, BIAS: tl.constexpr, PREC: tl.constexpr):
-    """The halves of phi in float32. `scale` is 0 in rows that are not there. Without MAP, raw is the first half, and the
-    second lies beside it in x."""
+def features(raw, x, start, rows, stride, cols, w, b, T, scale, MAP: tl.constexpr, BIAS: tl.constexpr,
+             PREC: tl.constexpr):
+    """The halves of phi in float32. `scale` is 0 in rows that are not there. Without MAP, raw is the first half, and
+    the second lies beside it in x."""
     if MAP:
         p, m = softmaxes(raw, w, b, scale, BIAS, PREC)
     else:
@@ -218,7 +219,8 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
 
 
 @triton.jit
-def states_kernel(x, y, w, bias, o, den, dnum, dden, s0, chunks, z, total, xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
+def states_kernel(x, y, w, bias, o, den, dnum, dden, s0, chunks, z, total,
+                  xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr,
                   BACKWARD: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
@@ -246,7 +248,7 @@ def states_kernel(x, y, w, bias, o, den, dnum, dden, s0, chunks, z, total, xb, x
         inside = (start + rows < T).to(tl.float32)
         if BACKWARD:
             at = bh * T + start + rows
-            r = 1.0 / tl.load(den + at, mask=start + rows < T, other=1.0)  # den is inf where it was below eps: no gradient
+            r = 1.0 / tl.load(den + at, mask=start + rows < T, other=1.0)  # where den was below eps it is inf: 0
             dot = tl.zeros((L,), tl.float32)
             for j in tl.static_range(DV // BV):
                 c = j * BV + tl.arange(0, BV)
@@ -513,7 +515,7 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
                 None if b is None else q.new_empty(B, H, grid[0], HP, dtype=float32))
 
     (dwq, dbq), (dwk, dbk) = parts(wq, bq), parts(wk, bk)
-    dq, dk, dv = like_projection(B, H, T, D, q), like_projection(B, H, T, D, k), like_projection(B, H, T, v.shape[-1], v)
+    dq, dk, dv = (like_projection(B, H, T, x.shape[-1], x) for x in (q, k, v))
     dnum = q.new_empty(B, H, T, v.shape[-1], dtype=v.dtype if opt["dtype"] is tl.bfloat16 else float32)
     dden = torch.empty_like(den)
     dstate = torch.empty_like(state) if state is not None else None
@@ -612,7 +614,7 @@ def check_inputs(q, k, v, wq, wk, bq, bk, state):
 
 
 def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, return_state=False, eps=1e-30):
-    """Causal linear attention. With wq, wk (H, D, D) from raw q, k (B, H, T, D); without them from features (B, H, T, P).
+    """Causal linear attention, with wq, wk (H, D, D) of raw q, k (B, H, T, D), without them of features (B, H, T, P).
 
     v: (B, H, T, D), of one dtype with q and k. Returns y (B, H, T, D), and with return_state the pair (y, state), the
     state being (B, H, P, D+1) in float32. Raises ValueError for what does not match, and for what `unsupported` names.

@@ -355,8 +355,8 @@ def load_checkpoint(path):
 
 
 def damaged(path):
-    return (f"{path} is damaged, or not a checkpoint of train_gpt.py: if the other one of last.pt and best.pt beside it "
-            "is whole, copy it over this one; otherwise train again")
+    return (f"{path} is damaged, or not a checkpoint of train_gpt.py: if the other one of last.pt and best.pt beside "
+            "it is whole, copy it over this one; otherwise train again")
 
 
 def load_model(path, device="cpu"):

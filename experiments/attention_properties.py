@@ -125,7 +125,7 @@ def properties(model, layers):
     rows, curve = [], []
     for layer, (q, k) in enumerate(layers):
         s, p, y = scores(q, k), weights(None, layer, q, k), weights(model, layer, q, k)
-        gap = (entropy(y) - entropy(p))[:, :, 1:]                                         # the first token has no choice
+        gap = (entropy(y) - entropy(p))[:, :, 1:]                                        # the first token has no choice
         some = range(q.shape[2] // 4, q.shape[2], max(1, q.shape[2] // 16))               # queries with a past
         rho = torch.cat([rank_correlation(s[:, :, t, :t + 1], y[:, :, t, :t + 1]) for t in some])
         rows.append(dict(layer=layer, entropy=entropy(y)[:, :, 1:].mean().item(), entropy_gap=gap.mean().item(),

@@ -350,7 +350,8 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     command = shlex.join(["python", "experiments/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     common = {"H": args.heads, "D": args.dim, "dtype": args.dtype, "device": device_name(torch.device(args.device)),
-              "threads": args.threads, "torch": torch.__version__, "command": command, "commit": provenance(torch.device(args.device))["commit"],
+              "threads": args.threads, "torch": torch.__version__, "command": command,
+              "commit": provenance(torch.device(args.device))["commit"],
               "date": datetime.datetime.now().isoformat(timespec="seconds")}
     rows = []
     # flash-linear-attention's autotuner does not know of T: on CUDA every T gets a fresh process.

@@ -1,7 +1,7 @@
 """Draw every figure of the README from the committed numbers: python experiments/plot.py
 
-Reads CSV and JSON under experiments/results/ and writes a PNG beside each. What has no numbers yet is left out, and said
-so. Titles state what the numbers say, and are computed from them. Colours and text are mid-tones on a transparent
+Reads CSV and JSON under experiments/results/ and writes a PNG beside each. What has no numbers yet is left out, and
+said so. Titles state what the numbers say, and are computed from them. Colours and text are mid-tones on a transparent
 background, to be read on a white page and on a dark one; shown 880 pixels wide, the text is as large as the page's.
 """
 
@@ -21,7 +21,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 GREY, COLORS = "#7f8791", ("#d9822b", "#4a8fe0", "#3da35d", "#c25b9f", "#8a78d6", "#b59a2a", "#3aa6a6", "#d0605e")
 STYLE = {"font.size": 12, "axes.titlesize": 12.5, "figure.dpi": 150, "savefig.transparent": True,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "grid.color": GREY,
-         "legend.frameon": False, "legend.labelcolor": GREY, "lines.linewidth": 2, "figure.constrained_layout.use": True,
+         "legend.frameon": False, "legend.labelcolor": GREY, "lines.linewidth": 2,
+         "figure.constrained_layout.use": True,
          **{key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color",
                                   "ytick.color")}}
 

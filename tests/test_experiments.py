@@ -29,8 +29,8 @@ def teacher(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("".join(f"The hedgehog counts {i} apples, and the fox counts {i * i % 97}.\n" for i in range(90)))
     assert prepare([str(text), "--out", str(folder / "data")]) == 0
-    flags = ("--attention softmax --n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --batch-size 4 --steps 4 --warmup 1 "
-             f"--device cpu --data {folder / 'data'} --out {folder / 'run'}")
+    flags = ("--attention softmax --n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --batch-size 4 --steps 4 "
+             f"--warmup 1 --device cpu --data {folder / 'data'} --out {folder / 'run'}")
     train(parse_config(TrainConfig, PRESETS, flags.split()))
     return folder
 
@@ -58,15 +58,16 @@ def test_recall_is_learned_where_it_is_easy_and_the_rows_say_so(tmp_path, capsys
     associative_recall.main(parse_config(associative_recall.RecallConfig, argv=flags.split()))
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["attention"], row["seed"]) for row in rows] == [("softmax", 0), ("softmax", 1), ("softmax", "mean")]
-    assert rows[2]["accuracy"] == pytest.approx((rows[0]["accuracy"] + rows[1]["accuracy"]) / 2) and rows[2]["accuracy"] > 0.9
+    a, b, mean = (row["accuracy"] for row in rows)
+    assert mean == pytest.approx((a + b) / 2) and mean > 0.9
     assert {"command", "commit", "device", "torch", "config"} <= rows[0].keys()
     assert "chance is 0.333" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [name for name in associative_recall.VARIANTS if name != "softmax"])
 def test_every_attention_takes_part(name, tmp_path):
-    flags = ["--length", "6", "--vocabulary", "6", "--steps", "2", "--seeds", "1", "--test-rows", "50", "--train-rows", "20",
-             "--n-embd", "16", "--attention", name, "--device", "cpu", "--out", str(tmp_path / "rows.json")]
+    flags = "--length 6 --vocabulary 6 --steps 2 --seeds 1 --test-rows 50 --train-rows 20 --n-embd 16 --device cpu"
+    flags = [*flags.split(), "--attention", name, "--out", str(tmp_path / "rows.json")]
     associative_recall.main(parse_config(associative_recall.RecallConfig, argv=flags))
     assert 0 <= json.loads((tmp_path / "rows.json").read_text())[0]["accuracy"] <= 1
 
@@ -109,8 +110,9 @@ def test_kl_is_zero_against_itself_and_a_picture_holds_the_past_alone():
 
 def test_properties_of_every_map_are_measured(teacher, tmp_path, capsys):
     out = tmp_path / "properties.json"
-    flags = f"--teacher {teacher / 'run'} --data {teacher / 'data'} --maps {tmp_path / 'maps'} --distill-steps 3 --blocks 1"
-    config = parse_config(attention_properties.PropertiesConfig, argv=[*flags.split(), "--device", "cpu", "--out", str(out)])
+    flags = (f"--teacher {teacher / 'run'} --data {teacher / 'data'} --maps {tmp_path / 'maps'} --distill-steps 3 "
+             f"--blocks 1 --device cpu --out {out}")
+    config = parse_config(attention_properties.PropertiesConfig, argv=flags.split())
     attention_properties.main(config)
     found = json.loads(out.read_text())
     names = {row["map"] for row in found["rows"]}
@@ -123,9 +125,9 @@ def test_properties_of_every_map_are_measured(teacher, tmp_path, capsys):
 
 def test_attention_maps_are_measured_and_drawn(teacher, tmp_path, capsys):
     out = tmp_path / "attention_maps.json"
-    attention_maps.main(attention_maps.parse([str(teacher / "run"), "--data", str(teacher / "data"), "--text", "The fox",
-                                              "--distill-steps", "3", "--maps", str(tmp_path / "maps"), "--short", "8",
-                                              "--device", "cpu", "--out", str(out)]))
+    flags = (f"{teacher / 'run'} --data {teacher / 'data'} --text fox --distill-steps 3 --maps {tmp_path / 'maps'} "
+             f"--short 8 --device cpu --out {out}")
+    attention_maps.main(attention_maps.parse(flags.split()))
     found = json.loads(out.read_text())
     assert {row["text"] for row in found["rows"]} == {"training", "held out", "other"}
     assert {row["context"] for row in found["rows"] if row["distilled_at"] == 8} == {8, 16, 32}

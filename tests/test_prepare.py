@@ -53,7 +53,8 @@ def gpt2_vocabulary_is_here():
     return all(Path(cache, name).is_file() for name in names)
 
 
-needs_gpt2 = pytest.mark.skipif(not gpt2_vocabulary_is_here(), reason="the GPT-2 vocabulary is not in TIKTOKEN_CACHE_DIR")
+needs_gpt2 = pytest.mark.skipif(not gpt2_vocabulary_is_here(),
+                                reason="the GPT-2 vocabulary is not in TIKTOKEN_CACHE_DIR")
 
 
 def tokens_of(folder, split):

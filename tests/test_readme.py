@@ -26,7 +26,7 @@ COMMANDS = {
     'python sample.py runs/book --prompt "Once"': "--tokens 3 --device cpu",
     "python train_gpt.py --help": "",
     "torchrun --nproc-per-node 8 train_gpt.py …": None,                      # tests/test_train.py, with 2 processes
-    "python data/prepare.py wikitext103": None,                              # tests/test_prepare.py, from a local server
+    "python data/prepare.py wikitext103": None,                              # tests/test_prepare.py: a local server
 }
 
 

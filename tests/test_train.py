@@ -27,6 +27,7 @@ from hedgehog import ATTENTIONS, GPT, GPTConfig
 from sample import sample
 from train_gpt import PRESETS, TrainConfig, evaluate, load_checkpoint, parse_config, train
 
+CPU = torch.device("cpu")
 SMALL = ("--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --segment-size 16 --chunk-size 8 --batch-size 4 --steps 6 "
          "--eval-every 3 --warmup 2 --device cpu --dropout 0.1").split()
 
@@ -221,8 +222,9 @@ def test_an_unknown_flag_preset_or_attention_exits_with_2(flags, capsys):
     assert e.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["--steps -1", "--batch-size 0", "--accum 0", "--eval-every 0", "--seed -1", "--lr nan",
-                                   "--seed 2147483648", "--beta2 1", "--clip 0", "--n-head 0", "--n-layer 0", "--dropout 1"])
+@pytest.mark.parametrize("flags", ["--steps -1", "--batch-size 0", "--accum 0", "--eval-every 0", "--seed -1",
+                                   "--lr nan", "--seed 2147483648", "--beta2 1", "--clip 0", "--n-head 0",
+                                   "--n-layer 0", "--dropout 1"])
 def test_a_number_that_cannot_be_is_refused_before_anything_is_written(text_dir, tmp_path, flags):
     with pytest.raises(ValueError, match=flags.split()[0][2:].replace("-", ".")):
         train(config(text_dir, tmp_path / "run", *flags.split()))
@@ -377,7 +379,7 @@ def test_a_bug_keeps_its_traceback():
         train_gpt.cli(run)
 
 
-def test_a_log_that_cannot_be_written_comes_after_the_checkpoint_and_is_made_good_on_resume(text_dir, tmp_path, monkeypatch):
+def test_a_row_that_cannot_be_written_comes_after_its_checkpoint_and_is_made_good(text_dir, tmp_path, monkeypatch):
     train(config(text_dir, tmp_path / "whole"))
     with monkeypatch.context() as m:
         def full(log, step, *rest, row=train_gpt.Log.row):
@@ -449,7 +451,7 @@ def test_the_optimizer_follows_the_schedule_and_the_maps_their_own(text_dir, tmp
     assert optimizer.defaults["betas"] == (0.9, 0.7)
     names = {id(p): name for name, p in model.named_parameters()}
     for step in (0, 1, 5):
-        train_gpt.train_step(model, optimizer, data["train"], c, step, torch.device("cpu"), train_gpt.nullcontext(), 0, 1)
+        train_gpt.train_step(model, optimizer, data["train"], c, step, CPU, train_gpt.nullcontext(), 0, 1)
         for group in optimizer.param_groups:
             scale = 3 if ".map_" in names[id(group["params"][0])] else 1
             assert group["lr"] == pytest.approx(scale * train_gpt.learning_rate(step, c))
@@ -462,7 +464,7 @@ def test_dropout_draws_another_mask_at_every_step(text_dir, tmp_path):
     masks = []
     model.transformer.drop.register_forward_hook(lambda module, x, y: masks.append(y == 0))
     for step in (0, 1, 1):
-        train_gpt.train_step(model, optimizer, data["train"], c, step, torch.device("cpu"), train_gpt.nullcontext(), 0, 1)
+        train_gpt.train_step(model, optimizer, data["train"], c, step, CPU, train_gpt.nullcontext(), 0, 1)
     assert not torch.equal(masks[0], masks[1]) and torch.equal(masks[1], masks[2])
 
 
@@ -512,7 +514,8 @@ def test_sample_ends_quietly_when_its_reader_leaves_and_prints_on_an_ascii_termi
         assert process.wait(timeout=60) == 141 and process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("options", [dict(temperature=math.nan), dict(temperature=-1), dict(temperature=math.inf), dict(top_k=-1), dict(prompt="")])
+@pytest.mark.parametrize("options", [dict(temperature=math.nan), dict(temperature=-1), dict(temperature=math.inf),
+                                     dict(top_k=-1), dict(prompt="")])
 def test_sample_refuses_what_cannot_be_drawn(text_dir, tmp_path, options):
     train(config(text_dir, tmp_path / "run", "--steps", "0"))
     with pytest.raises(ValueError, match="temperature|prompt"):

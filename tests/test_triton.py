@@ -1,4 +1,4 @@
-"""The fused kernels against float64, in Triton's interpreter on the CPU; experiments/check_triton.py does it on a GPU."""
+"""The fused kernels against float64, in Triton's interpreter on the CPU. On a GPU: experiments/check_triton.py."""
 
 import importlib.util
 import os
@@ -105,7 +105,7 @@ def test_the_layer_calls_the_kernels_where_it_may(monkeypatch):
     (dict(wk=None), "both weights"),
     (dict(bq=torch.zeros(2, 32)), "both biases"),
     (dict(state=torch.zeros(1, 2, 64, 33).half()), "must be float32"),
-    ({name: torch.zeros(1, 2, 5, 48) for name in "qkv"} | {w: torch.zeros(2, 48, 48) for w in ("wq", "wk")}, "head width 48"),
+    ({x: torch.zeros(1, 2, 5, 48) for x in "qkv"} | {w: torch.zeros(2, 48, 48) for w in ("wq", "wk")}, "width 48"),
     ({name: torch.zeros(1, 2, 5, 32).double() for name in "qkv"}, "dtype torch.float64"),
     (dict(v=torch.zeros(1, 2, 5, 32, device="meta")), "one device"),
 ])
