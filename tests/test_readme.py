@@ -24,6 +24,9 @@ COMMANDS = {
     "python data/prepare.py book.txt --tokenizer bytes --out data/book": "",
     "python train_gpt.py --data data/book --out runs/book": TOY,
     'python sample.py runs/book --prompt "Once"': "--tokens 3 --device cpu",
+    "python convert_gpt2.py": "--steps 2 --distill-steps 2 --batch-size 2 --distill-batch-size 2 --eval-every 2 "
+                              "--device cpu",
+    "python convert_gpt2.py --preset gpt2": None,                            # tests/test_convert.py: a local server
     "python train_gpt.py --help": "",
     "torchrun --nproc-per-node 8 train_gpt.py …": None,                      # tests/test_train.py, with 2 processes
     "python data/prepare.py wikitext103": None,                              # tests/test_prepare.py: a local server
