@@ -38,8 +38,8 @@ from hedgehog import GPT, GPTConfig, LinearAttention  # noqa: E402
 from train_gpt import device_name, provenance  # noqa: E402
 
 MIB = 2**20
-PAIRS = (("chunked", "softmax"), ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"),
-         ("chunked", "fla reference"), ("chunked", "fla"))  # whose ratios are printed at the end
+PAIRS = (("fused", "softmax"), ("fused", "fla"), ("fused", "chunked"), ("chunked", "softmax"),
+         ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"), ("chunked", "fla reference"), ("chunked", "fla"))  # whose ratios are printed at the end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,7 +61,8 @@ def make_forms(layer, device):
                     "efficient": SDPBackend.EFFICIENT_ATTENTION}
         forms = {f"softmax, {name}": functools.partial(softmax, backend=b) for name, b in backends.items()}
         # dynamic=False: `check` runs at another T first, after which torch.compile would make slower kernels for any T.
-        return forms | {"chunked": torch.compile(kept, fullgraph=True, dynamic=False)} | fla_kernels(layer)
+        chunked = torch.compile(functools.partial(kept, form="chunked"), fullgraph=True, dynamic=False)
+        return forms | {"fused": layer, "chunked": chunked} | fla_kernels(layer)
     forms = {"softmax": softmax, "chunked": layer, "chunked, all kept": kept,
              "cumsum": functools.partial(layer, form="cumsum"), "quadratic": functools.partial(layer, form="quadratic")}
     return forms | fast_transformers(layer) | fla_reference(layer)
