@@ -38,8 +38,9 @@ from hedgehog import GPT, GPTConfig, LinearAttention  # noqa: E402
 from train_gpt import device_name, provenance  # noqa: E402
 
 MIB = 2**20
-PAIRS = (("fused", "softmax"), ("fused", "fla"), ("fused", "chunked"), ("chunked", "softmax"),
-         ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"), ("chunked", "fla reference"), ("chunked", "fla"))  # whose ratios are printed at the end
+PAIRS = (("fused", "softmax"), ("fused", "fla"), ("fused", "chunked"), ("chunked", "softmax"),  # whose ratios are printed
+         ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"), ("chunked", "fla reference"),
+         ("chunked", "fla"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
