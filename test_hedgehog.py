@@ -6,6 +6,7 @@ GPT. Letters as in hedgehog.py; "fla" is flash-linear-attention, whose issues na
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -622,3 +623,11 @@ def test_exponential_keys_are_exact_up_to_30_and_finite_beyond():
 def test_a_block_of_one_token_generates():
     model = GPT(GPTConfig(block_size=1, vocab_size=31, n_layer=1, n_head=2, n_embd=8)).eval()
     assert model.generate(torch.tensor([[3]]), 4, temperature=1e-45).shape == (1, 5)
+
+
+def test_auto_is_chunked_on_a_cpu_and_says_why_a_gpu_goes_without_kernels():
+    q, k, v = torch.rand(3, 1, 2, 70, 4)
+    assert torch.equal(linear_attention(q, k, v), linear_attention(q, k, v, "chunked"))
+    on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float64, shape=v.shape)
+    with pytest.warns(UserWarning, match="plain PyTorch, without the fused kernels: .*(float64|triton)"):
+        assert hedgehog.fused_kernels(on_a_gpu, 4, has_map=False) is None

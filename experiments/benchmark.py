@@ -38,7 +38,8 @@ from hedgehog import GPT, GPTConfig, LinearAttention  # noqa: E402
 from train_gpt import device_name, provenance  # noqa: E402
 
 MIB = 2**20
-PAIRS = (("fused", "softmax"), ("fused", "fla"), ("fused", "chunked"), ("chunked", "softmax"),  # whose ratios are printed
+# Whose ratios are printed at the end.
+PAIRS = (("fused", "softmax"), ("fused", "fla"), ("fused", "chunked"), ("chunked", "softmax"),
          ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"), ("chunked", "fla reference"),
          ("chunked", "fla"))
 
