@@ -127,7 +127,7 @@ def properties(path):
         ax.plot(x, y, color=color(name))
         ax.plot([-8, 0], [2.718 ** -8, 1], color=GREY, linestyle="--", linewidth=1)
         ax.set(yscale="log", ylim=(1e-4, 1.5))
-        ax.set_title(name, fontsize=11.5)
+        ax.set_title(name, fontsize=10.5)
     for ax in axes.flat[len(curves):]:
         ax.set_axis_off()
     fig.supxlabel("log of softmax's weight: q·k/√D up to a constant of the row", color=GREY, fontsize=12)
