@@ -81,6 +81,7 @@ class ConvertConfig:
     compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
     eval_every: int = opt(100, "steps between evaluations, each of which also writes a checkpoint")
     prompt: str = opt("The ", "beginning of the sample at the end")
+    sample_tokens: int = opt(200, "length of that sample")
 
     def __post_init__(self):
         if not (self.distill_steps >= 0 and self.block_size >= 0 and 0 <= self.warmup <= 1):

@@ -94,10 +94,11 @@ class TrainConfig:
     compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
     eval_every: int = opt(200, "steps between evaluations, each of which also writes a checkpoint")
     prompt: str = opt("The ", "beginning of the sample at the end")
+    sample_tokens: int = opt(200, "length of that sample")
 
     def __post_init__(self):
         least = dict(steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, weight_decay=0,
-                     seed=0, lora_rank=0)
+                     seed=0, lora_rank=0, sample_tokens=0)
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}")
@@ -114,7 +115,8 @@ PRESETS = {
         batch_size=512, accum=32, lr=6e-4, warmup=225, beta2=0.999, eval_every=225, chunk_size=128, segment_size=0,
         compile=True),
 }
-MAY_CHANGE_ON_RESUME = {"preset", "data", "out", "resume", "accum", "device", "compile", "eval_every", "prompt"}
+MAY_CHANGE_ON_RESUME = {"preset", "data", "out", "resume", "accum", "device", "compile", "eval_every", "prompt",
+                        "sample_tokens"}
 
 
 def saved_config(config):
@@ -564,7 +566,7 @@ def train(config, model=None):
     if rank == 0:
         rate = speed(seconds or [state["seconds"] / max(1, step)], tokens_per_step)
         summary = finish(config, raw, data, out, device, autocast, micro, state, rate)
-        text = tokenizer.decode_bytes(raw.generate(prompt.to(device), 200, temperature=0.8, top_k=50)[0].tolist())
+        text = tokenizer.decode_bytes(raw.generate(prompt.to(device), config.sample_tokens, 0.8, top_k=50)[0].tolist())
         say(f"best after step {summary['best_step']}: valid {summary['valid_nats']:.4f} nats, perplexity "
             f"{summary['valid_ppl']:.2f} per {unit}, {rate:,.0f} {unit}s/s, {state['seconds']:.0f} s of training\n"
             f"--- sample ---\n{text.decode(errors='replace')}")

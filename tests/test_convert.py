@@ -33,7 +33,7 @@ from sample import sample
 from train_gpt import TrainConfig, add_lora, cli, load_checkpoint, load_model, merge_lora, parse_config, train
 
 MODEL = "--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --device cpu".split()
-SMALL = ("--steps 4 --distill-steps 6 --batch-size 4 --distill-batch-size 4 --eval-every 3 --segment-size 16 "
+SMALL = ("--sample-tokens 2 --steps 4 --distill-steps 6 --batch-size 4 --distill-batch-size 4 --eval-every 3 --segment-size 16 "
          "--chunk-size 8 --device cpu").split()
 CPU = torch.device("cpu")
 
@@ -54,13 +54,6 @@ def teacher(text_dir, tmp_path_factory):
     flags = [*MODEL, "--attention", "softmax", "--steps", "60", "--eval-every", "60", "--warmup", "5", "--lr", "1e-2"]
     train(parse_config(TrainConfig, {}, [*flags, "--data", str(text_dir), "--out", str(out)]))
     return out
-
-
-@pytest.fixture(autouse=True)
-def short_samples(monkeypatch):
-    """The sample at the end of a training run would take most of the time here."""
-    whole = GPT.generate
-    monkeypatch.setattr(GPT, "generate", lambda self, idx, n, **options: whole(self, idx, min(n, 20), **options))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 MODEL = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 32 --batch-size 2 --warmup 1 --device cpu"
-TOY = f"{MODEL} --steps 2 --eval-every 2"
+TOY = f"{MODEL} --steps 2 --eval-every 2 --sample-tokens 2"
 # Every command of the README, in its order, and what makes it a toy. None: the reason stands beside it.
 COMMANDS = {
     "pip install -r requirements.txt": None,                                 # what .ci/run does first

@@ -29,7 +29,7 @@ from train_gpt import PRESETS, TrainConfig, evaluate, load_checkpoint, parse_con
 
 CPU = torch.device("cpu")
 SMALL = ("--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --segment-size 16 --chunk-size 8 --batch-size 4 --steps 6 "
-         "--eval-every 3 --warmup 2 --device cpu --dropout 0.1").split()
+         "--eval-every 3 --warmup 2 --device cpu --dropout 0.1 --sample-tokens 2").split()
 
 
 @pytest.fixture(scope="module")
