@@ -22,7 +22,8 @@ import plot  # noqa: E402
 from convert_gpt2 import (  # noqa: E402
     ConvertConfig, distill, find_text, load_teacher, maps_of, stage_config, swap)
 from hedgehog import attention_weights  # noqa: E402
-from train_gpt import cli, opt, parse_config, pick_device, provenance, save_json  # noqa: E402
+from train_gpt import (  # noqa: E402
+    MAY_CHANGE_ON_RESUME, cli, load_checkpoint, opt, parse_config, pick_device, provenance, save_json)
 
 DISTILLED = ("hedgehog", "hedgehog_exp", "t2r")
 MAPS = {f"{kind}, distilled": dict(attention=kind) for kind in DISTILLED}
@@ -44,10 +45,6 @@ class PropertiesConfig:
     out: str = opt("experiments/results/attention_properties.json", "the results; the figures go beside it")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The models
-
-
 def teacher_and_text(config):
     """(softmax GPT in eval mode on its device, the text, device): as convert_gpt2.py finds them."""
     device = pick_device(config.device, "float32")[0]
@@ -57,18 +54,20 @@ def teacher_and_text(config):
 
 
 def student(teacher, data, config, device, block_size=None, **options):
-    """The teacher with linear attention. Its maps are distilled, or read from where an earlier call has kept them."""
+    """The teacher with linear attention. Its maps are distilled now, unless an earlier call has kept them."""
     options = dict(distill_steps=config.distill_steps, seed=config.seed) | options
-    convert = ConvertConfig(teacher=config.teacher, data=config.data, out=config.maps, **options)
+    convert = ConvertConfig(teacher=config.teacher, data=config.data, out=config.maps, resume=True, **options)
     torch.manual_seed(config.seed)                                                        # performer draws its w_i
-    stage = stage_config(convert, teacher, "distilled", attention=convert.attention, steps=convert.distill_steps,
-                         accum=1, lr=convert.distill_lr, batch_size=convert.distill_batch_size, weight_decay=0.0,
-                         block_size=block_size or teacher.config.block_size, lora_rank=0)
-    kept = Path(stage.out) / "last.pt"
-    if kept.exists() and convert.distill_steps:
-        convert.maps = str(kept)
     model = swap(teacher, convert).to(device).eval()
-    if convert.distill_steps and maps_of(model) and not convert.maps:
+    if convert.distill_steps and maps_of(model):
+        stage = stage_config(convert, model, "distilled", steps=convert.distill_steps, accum=1, lr=convert.distill_lr,
+                             batch_size=convert.distill_batch_size, weight_decay=0.0,
+                             block_size=block_size or teacher.config.block_size)
+        if stage.resume:
+            saved = load_checkpoint(Path(stage.out) / "last.pt")["config"].items()
+            other = [f"{k}={v}" for k, v in saved if k not in MAY_CHANGE_ON_RESUME and getattr(stage, k) != v]
+            if other:
+                raise ValueError(f"maps in {stage.out} were distilled with {', '.join(other)}: choose another --maps")
         distill(model, data, stage, device, nullcontext(), tqdm.write)
     return model
 
@@ -97,10 +96,6 @@ def weights(model, layer, q, k):
         return scores(q, k).softmax(dim=-1)
     maps = model.transformer.h[layer].attn.linear
     return attention_weights(maps.map_q(q, is_query=True), maps.map_k(k))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The properties
 
 
 def entropy(p):

@@ -19,7 +19,7 @@ except ImportError:  # the numbers are there without it
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GREY, COLORS = "#7f8791", ("#d9822b", "#4a8fe0", "#3da35d", "#c25b9f", "#8a78d6", "#b59a2a", "#3aa6a6", "#d0605e")
-STYLE = {"font.size": 12, "axes.titlesize": 12.5, "figure.dpi": 150, "savefig.transparent": True,
+STYLE = {"font.size": 12, "axes.titlesize": 12.5, "figure.dpi": 120, "savefig.transparent": True,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "grid.color": GREY,
          "legend.frameon": False, "legend.labelcolor": GREY, "lines.linewidth": 2,
          "figure.constrained_layout.use": True,
@@ -34,7 +34,7 @@ def figure(rows=1, columns=1, height=3.6, **options):
 
 def save(fig, path, title):
     fig.suptitle(title, color=GREY, fontsize=13.5, fontweight="bold")
-    fig.savefig(path)
+    fig.savefig(path, pil_kwargs=dict(optimize=True))
     plt.close(fig)
     print(f"{path}: {title}")
 
@@ -48,7 +48,7 @@ def bars(ax, names, values, label, form="{:.2f}"):
     drawn = ax.barh(names, values, color=[color(name) for name in names])
     ax.bar_label(drawn, [form.format(v) for v in values], padding=4, color=GREY)
     ax.invert_yaxis()
-    ax.margins(x=0.12)
+    ax.margins(x=0.16)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(label)
 
@@ -81,19 +81,22 @@ def loss_curves(folder):
 
 def benchmark(path):
     rows = [row for row in json.loads(path.read_text()) if row["pass"] == "forward+backward"]
-    fig, [axes] = figure(columns=2)
+    fig, [axes] = figure(columns=2, height=4.4)
     for i, form in enumerate(dict.fromkeys(row["form"] for row in rows if "," not in row["form"])):
         line = {row["T"]: row for row in rows if row["form"] == form}
         for ax, key in zip(axes, ("ms", "peak_mib")):
             ax.loglog(list(line), [row[key] / row["B"] for row in line.values()], marker="o", label=form,
                       color=GREY if form == "softmax" else COLORS[i % len(COLORS)])
-    axes[0].set(xlabel="tokens T", ylabel="ms a sequence, forward + backward")
-    axes[1].set(xlabel="tokens T", ylabel="MiB a sequence")
-    axes[0].legend(fontsize=11)
+    for ax, label in zip(axes, ("ms a sequence, both passes", "MiB a sequence")):
+        ax.set(xlabel="tokens T", ylabel=label)
+        ticks = sorted({row["T"] for row in rows})[::-2]
+        ax.set_xticks(ticks, [f"{T:,}" for T in ticks])
+        ax.minorticks_off()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     ms = {(row["form"], row["T"]): row["ms"] for row in rows}
     ratio = {T: ms["softmax", T] / ms["chunked", T] for form, T in ms if form == "chunked" and ("softmax", T) in ms}
-    save(fig, path.with_suffix(".png"), f"Chunked linear attention takes 1/{ratio[max(ratio)]:.1f} of softmax's time "
-         f"at T = {max(ratio):,}, {1 / ratio[min(ratio)]:.1f}x at {min(ratio):,}")
+    save(fig, path.with_suffix(".png"), f"Linear attention: {ratio[max(ratio)]:.1f}x the speed of softmax "
+         f"at T = {max(ratio):,}, {ratio[min(ratio)]:.2f}x at {min(ratio):,}")
 
 
 def associative_recall(path):
@@ -120,14 +123,14 @@ def properties(path):
          f"nats of entropy away")
 
     curves = found["curves"]
-    fig, axes = figure(-(-len(curves) // 4), 4, height=2 * -(-len(curves) // 4) + 0.9, sharex=True, sharey=True)
+    fig, axes = figure(-(-len(curves) // 4), 4, height=1.9 * -(-len(curves) // 4) + 0.9, sharex=True, sharey=True)
     for ax, (name, points) in zip(axes.flat, curves.items()):
         x, y, low, high = ([point[key] for point in points] for key in ("log_softmax", "mean", "low", "high"))
         ax.fill_between(x, low, high, color=color(name), alpha=0.25, linewidth=0)
         ax.plot(x, y, color=color(name))
         ax.plot([-8, 0], [2.718 ** -8, 1], color=GREY, linestyle="--", linewidth=1)
         ax.set(yscale="log", ylim=(1e-4, 1.5))
-        ax.set_title(name, fontsize=10.5)
+        ax.set_title(name.replace(", ", ",\n"), fontsize=11.5)
     for ax in axes.flat[len(curves):]:
         ax.set_axis_off()
     fig.supxlabel("log of softmax's weight: q·k/√D up to a constant of the row", color=GREY, fontsize=12)

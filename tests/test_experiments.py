@@ -134,6 +134,52 @@ def test_attention_maps_are_measured_and_drawn(teacher, tmp_path, capsys):
     assert "distilled at" in capsys.readouterr().out
 
 
+def given(teacher, tmp_path, steps):
+    return attention_properties.PropertiesConfig(teacher=str(teacher / "run"), data=str(teacher / "data"),
+                                                 maps=str(tmp_path), distill_steps=steps, device="cpu")
+
+
+def test_what_is_measured_is_what_the_teachers_attention_used(teacher, tmp_path):
+    model, _, _ = attention_properties.teacher_and_text(given(teacher, tmp_path, 0))
+    idx, attention, seen = torch.randint(100, (1, 32)), model.transformer.h[1].attn, []
+    attention.register_forward_hook(lambda module, args, y: seen.extend((args[0], y)))
+    model(idx)
+    v = attention.split_heads(seen[0])[2]
+    q, k = attention_properties.read(model, idx)[1]
+    torch.testing.assert_close(attention.merge_heads(attention_properties.weights(None, 1, q, k) @ v), seen[1])
+
+
+def test_half_distilled_maps_are_finished_and_those_of_another_recipe_refused(teacher, tmp_path, monkeypatch):
+    def maps(steps):
+        model, data, device = attention_properties.teacher_and_text(config := given(teacher, tmp_path, steps))
+        student = attention_properties.student(model, data, config, device, attention="t2r", name="kept")
+        return student.state_dict()["transformer.h.0.attn.linear.map_q.weight"]
+
+    real, calls = attention_properties.distill, []
+    monkeypatch.setattr(attention_properties, "distill", lambda *args: (calls.append(args[2]), real(*args)))
+    whole = maps(3)
+    assert not torch.equal(whole, torch.eye(8).expand(2, 8, 8)) and torch.equal(maps(3), whole)
+    assert [stage.resume for stage in calls] == [False, True]
+    path = tmp_path / "kept" / "distilled" / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["state"]["step"] = 2  # as if it had been stopped there: one more step is due
+    torch.save(saved, path)
+    assert not torch.equal(maps(3), whole)
+    with pytest.raises(ValueError, match="were distilled with steps=3"):
+        maps(5)
+
+
+@needs_matplotlib
+def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(plot, "save", lambda fig, path, title: (titles.append(title), plot.plt.close(fig)))
+    for accuracy in (1.0, 0.5):
+        rows = [dict(attention="elu", seed=seed, accuracy=accuracy) for seed in (0, "mean")]
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        plot.associative_recall(tmp_path / "rows.json")
+    assert "solved by elu" in titles[0] and "none" in titles[1]
+
+
 @needs_matplotlib
 def test_every_figure_is_drawn_from_the_committed_numbers(tmp_path):
     import shutil
