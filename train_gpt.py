@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -661,7 +661,8 @@ def interrupts(say):
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        say("stopping after this step (once more: at once)")
+        with suppress(RuntimeError):  # the signal may come in the middle of another line
+            say("stopping after this step (once more: at once)")
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
