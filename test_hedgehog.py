@@ -627,7 +627,7 @@ def test_a_block_of_one_token_generates():
 
 def test_auto_is_chunked_on_a_cpu_and_says_why_a_gpu_goes_without_kernels():
     q, k, v = torch.rand(3, 1, 2, 70, 4)
-    assert torch.equal(linear_attention(q, k, v), linear_attention(q, k, v, "chunked"))
+    assert torch.equal(linear_attention(q, k, v, "auto"), linear_attention(q, k, v, "chunked"))
     on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float64, shape=v.shape)
     with pytest.warns(UserWarning, match="plain PyTorch, without the fused kernels: .*(float64|triton)"):
         assert hedgehog.fused_kernels(on_a_gpu, 4, has_map=False) is None

@@ -64,7 +64,7 @@ def make_forms(layer, device):
         forms = {f"softmax, {name}": functools.partial(softmax, backend=b) for name, b in backends.items()}
         # dynamic=False: `check` runs at another T first, after which torch.compile would make slower kernels for any T.
         chunked = torch.compile(functools.partial(kept, form="chunked"), fullgraph=True, dynamic=False)
-        return forms | {"fused": layer, "chunked": chunked} | fla_kernels(layer)
+        return forms | {"fused": functools.partial(layer, form="auto"), "chunked": chunked} | fla_kernels(layer)
     forms = {"softmax": softmax, "chunked": layer, "chunked, all kept": kept,
              "cumsum": functools.partial(layer, form="cumsum"), "quadratic": functools.partial(layer, form="quadratic")}
     return forms | fast_transformers(layer) | fla_reference(layer)

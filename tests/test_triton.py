@@ -93,7 +93,7 @@ def test_the_layer_calls_the_kernels_where_it_may(monkeypatch):
     called = []
     monkeypatch.setattr(hedgehog_triton, "fused_attention",
                         lambda *x, f=hedgehog_triton.fused_attention, **o: called.append(1) or f(*x, **o))
-    torch.testing.assert_close(layer(q, k, v), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(q, k, v, "auto"), plain, rtol=1e-4, atol=1e-5)
     assert called
 
 
