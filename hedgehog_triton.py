@@ -28,9 +28,9 @@ written in the type of the products, which is what they are used in.
 Bounds: a chunk's work is a chain of small products, reductions and barriers, and registers (255 a thread) allow two
 programs a multiprocessor, so that latency, not traffic or arithmetic, sets the time.
 
-Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (2.5 times the time:
-a third of the instructions went to spilled registers); a third program a multiprocessor (168 registers spill), 8 warps;
-the second half of the map from a second product, to free registers; the denominator as 16 or 32 extra columns of a
+Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (more than a quarter
+of its instructions went to spilled registers); a third program a multiprocessor (168 registers spill), 8 warps; the
+second half of the map from a second product, to free registers; the denominator as 16 or 32 extra columns of a
 tensor-core product (came out wrong on an H100 with Triton 3.6, the reason is not known).
 """
 
@@ -149,7 +149,7 @@ def load_chunk_state(c, program, half, rows, cols, DV: tl.constexpr):
 @triton.jit
 def feature_gradient(g, dA, other, y, start, rows, stride, T, states, program, half, cols, DV: tl.constexpr,
                      BV: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
-    """One half of dphi: g + dA other + y states^T, y being dnum for queries and v for keys."""
+    """One half of dphi_k: g + dA^T phi_q + v R^T, with y = v, other = that half of phi_q and states = R."""
     g = tl.dot(dA, other, g, input_precision=PREC)
     for j in tl.static_range(DV // BV):
         c = j * BV + tl.arange(0, BV)
@@ -433,13 +433,17 @@ def options(q, v, has_map, bias):
                 num_warps=4 if HP <= 64 else 8)
 
 
-def like_projection(B, H, T, D, like):
-    """(B, H, T, D) over memory laid out as (B, T, H, D), so that merging the heads afterwards is a view."""
-    return like.new_empty(B, T, H, D).transpose(1, 2)
+def projections_like(*tensors):
+    """For each (B, H, T, D) one over memory laid out as (B, T, H, D), so that merging the heads is a view."""
+    return [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in tensors]
 
 
 def walk(x, y, w, b, o, den, dnum, dden, first, total, opt, backward, chunks):
-    """`states_kernel` along all of T, in segments that begin where the one before ends. Returns what `starts` did."""
+    """`states_kernel` along all of T, in segments that begin where the one before ends.
+
+    Returns with `chunks` the sums before each chunk (S_n or R_n, and z_n or r_n), without it what `forward_kernel`
+    needs to walk by itself: the state before each segment or None, the tokens of a segment, the grid.
+    """
     B, H, T, _ = x.shape
     L, DV = opt["L"], opt["DV"]
     n_blocks = DV // opt["BV"]
@@ -487,8 +491,7 @@ def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Te
 def attention_outputs(q, v, wq, return_state):
     B, H, T, P = q.shape[:3] + (q.shape[-1] * (1 if wq is None else 2),)
     state = (B, H, P, v.shape[-1] + 1) if return_state else (0,)
-    return (like_projection(B, H, T, v.shape[-1], v), q.new_empty(B, H, T, dtype=torch.float32),
-            q.new_empty(state, dtype=torch.float32))
+    return (*projections_like(v), q.new_empty(B, H, T, dtype=torch.float32), q.new_empty(state, dtype=torch.float32))
 
 
 @attention_op.register_fake
@@ -501,7 +504,7 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
                 wq: torch.Tensor | None, wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None,
                 state: torch.Tensor | None, o: torch.Tensor, den: torch.Tensor) -> list[torch.Tensor]:
     """[dq, dk, dv, dwq, dwk, dbq, dbk, dstate]; those that nothing asked for are empty."""
-    B, H, T, D = q.shape
+    B, H, T, _ = q.shape
     if do.stride(-1) != 1:
         do = do.contiguous()
     opt = options(q, v, wq is not None, bq is not None)
@@ -515,7 +518,7 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
                 None if b is None else q.new_empty(B, H, grid[0], HP, dtype=float32))
 
     (dwq, dbq), (dwk, dbk) = parts(wq, bq), parts(wk, bk)
-    dq, dk, dv = (like_projection(B, H, T, x.shape[-1], x) for x in (q, k, v))
+    dq, dk, dv = projections_like(q, k, v)
     dnum = q.new_empty(B, H, T, v.shape[-1], dtype=v.dtype if opt["dtype"] is tl.bfloat16 else float32)
     dden = torch.empty_like(den)
     dstate = torch.empty_like(state) if state is not None else None
@@ -534,9 +537,8 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
 
 @backward_op.register_fake
 def _(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den):
-    B, H, T, D = q.shape
     empty = q.new_empty(0, dtype=torch.float32)
-    return [like_projection(B, H, T, D, q), like_projection(B, H, T, D, k), like_projection(B, H, T, v.shape[-1], v),
+    return [*projections_like(q, k, v),
             *(torch.empty_like(empty if w is None else w) for w in (wq, wk, bq, bk)),
             torch.empty_like(empty if state is None else state)]
 

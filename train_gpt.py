@@ -534,6 +534,11 @@ def train(config, model=None):
 
     log = Log(out / "log.csv", state["step"]) if rank == 0 else None
     seconds, first, tokens_per_step = [], state["step"], config.batch_size * config.block_size
+
+    def rate():
+        """Tokens a second of the steps made here, or before a resumption if none was."""
+        return speed(seconds or [state["seconds"] / max(1, state["step"])], tokens_per_step)
+
     quiet = rank > 0 or None  # None: no bar where there is no terminal
     with interrupts(say) as received, tqdm(total=config.steps, initial=first, unit="step", disable=quiet) as bar:
         for step in range(first, config.steps + 1):
@@ -546,8 +551,7 @@ def train(config, model=None):
                     save("best.pt")
                 save("last.pt")
                 if log:
-                    rate = speed(seconds or [state["seconds"] / max(1, step)], tokens_per_step)
-                    log.row(step, tokens_per_step, learning_rate(step, config), state, nats, rate)
+                    log.row(step, tokens_per_step, learning_rate(step, config), state, nats, rate())
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
@@ -564,11 +568,10 @@ def train(config, model=None):
                 raise SystemExit(130)
     summary = None
     if rank == 0:
-        rate = speed(seconds or [state["seconds"] / max(1, step)], tokens_per_step)
-        summary = finish(config, raw, data, out, device, autocast, micro, state, rate)
+        summary = finish(config, raw, data, out, device, autocast, micro, state, rate())
         text = tokenizer.decode_bytes(raw.generate(prompt.to(device), config.sample_tokens, 0.8, top_k=50)[0].tolist())
         say(f"best after step {summary['best_step']}: valid {summary['valid_nats']:.4f} nats, perplexity "
-            f"{summary['valid_ppl']:.2f} per {unit}, {rate:,.0f} {unit}s/s, {state['seconds']:.0f} s of training\n"
+            f"{summary['valid_ppl']:.2f} per {unit}, {rate():,.0f} {unit}s/s, {state['seconds']:.0f} s of training\n"
             f"--- sample ---\n{text.decode(errors='replace')}")
     if world > 1:
         dist.barrier()  # a process that leaves while another still works was seen to abort, and to take the run with it

@@ -126,6 +126,7 @@ def main(config):
     device, _, _ = pick_device(config.device, "float32")
     out = Path(config.out)
     setting = {k: v for k, v in asdict(config).items() if k not in ("attention", "seeds", "device", "workers", "out")}
+    about = setting | provenance(device)
     rows = json.loads(out.read_text()) if out.exists() else []
     rows = [row for row in rows if row["attention"] not in names and setting.items() <= row.items()]
     jobs, spawn = list(itertools.product(names, range(config.seeds))), multiprocessing.get_context("spawn")
@@ -136,7 +137,7 @@ def main(config):
             mine = [r for r in rows if r["attention"] == row["attention"] and r["seed"] != "mean"] + [row]
             mean = dict(attention=row["attention"], seed="mean", accuracy=sum(r["accuracy"] for r in mine) / len(mine))
             rows = [r for r in rows if (r["attention"], r["seed"]) != (row["attention"], "mean")]
-            rows += [dict(r, **setting, **provenance(device)) for r in (row, mean)]
+            rows += [dict(r, **about) for r in (row, mean)]
             save_json(out, rows)                                                          # a stopped run keeps its rows
             tqdm.write(f"{row['attention']:13} seed {row['seed']}: {100 * row['accuracy']:5.1f} % "
                        f"(guessing: {100 * row['guess']:.1f} %), {row['seconds']:.0f} s")

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import convert_gpt2
 import data
 import train_gpt
+from conftest import stop_after
 from convert_gpt2 import PRESETS, ConvertConfig, convert, imitate, imitation_loss, maps_of, saved_config, swap
 from data import gpt2_weights
 from data.gpt2_weights import export, load_gpt2
@@ -74,20 +75,6 @@ def small_gpt(seed=0, **options):
         for p in model.parameters():  # GPT-2's start is so near zero that every attention is uniform
             p.add_(0.3 * torch.randn_like(p))
     return model.eval()
-
-
-@contextmanager
-def stop_after(n):
-    """Stands in for `interrupts`: Ctrl-C arrives during step n."""
-    class Received(list):
-        seen = 0
-
-        def __bool__(self):
-            self.seen += 1
-            return self.seen >= n
-
-        __len__ = __bool__
-    yield Received()
 
 
 # ---------------------------------------------------------------- the loss

@@ -72,12 +72,11 @@ def test_every_command_runs(command, clone, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
-def test_the_snippet_does_what_its_comments_say():
+def test_the_snippet_does_what_its_comments_say(tmp_path):
     import torch
     torch.manual_seed(0)
-    names = {}
-    for block in blocks("python"):
-        exec(block, names)
+    (tmp_path / "snippet.py").write_text("\n".join(blocks("python")))
+    names = runpy.run_path(str(tmp_path / "snippet.py"))
     whole = names["attention"](names["q"], names["k"], names["v"])
     assert names["y"].shape == (2, 12, 1, 64) and torch.allclose(whole[:, :, -1:], names["y"], atol=1e-5)
 

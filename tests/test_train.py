@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt
+from conftest import stop_after
 from data.prepare import main as prepare_main
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from sample import sample
@@ -53,18 +53,6 @@ def rows(out):
 def script(*command, **options):
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env=dict(os.environ, OMP_NUM_THREADS="1"), **options)
-
-
-@contextmanager
-def stop_after(n):
-    """Stands in for train_gpt.interrupts: Ctrl-C arrives during step n."""
-    class Received(list):
-        seen = 0
-
-        def __len__(self):
-            self.seen += 1
-            return int(self.seen >= n)
-    yield Received()
 
 
 # ---------------------------------------------------------------- a run
