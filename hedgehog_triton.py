@@ -141,20 +141,34 @@ def store_chunk_state(c, zs, program, half, rows, cols, DV: tl.constexpr, S, z, 
 
 
 @triton.jit
-def load_chunk_state(c, program, half, rows, cols, DV: tl.constexpr):
-    at = (2 * program + half) * rows.shape[0] + rows
-    return tl.load(c + at[:, None] * DV + cols[None, :])
+def load_chunk_state(states, before, program, seg, half, rows, cols, DV: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The sum before a chunk within its segment, and with SEGMENTS what came before the segment."""
+    at = rows[:, None] * DV + cols[None, :]
+    x = tl.load(states + (2 * program + half) * rows.shape[0] * DV + at)
+    if SEGMENTS:
+        x += tl.load(before + (2 * seg + half) * rows.shape[0] * DV + at)
+    return x
 
 
 @triton.jit
-def feature_gradient(g, dA, other, y, start, rows, stride, T, states, program, half, cols, DV: tl.constexpr,
-                     BV: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+def load_chunk_z(z, before, program, seg, half, rows, SEGMENTS: tl.constexpr):
+    x = tl.load(z + (2 * program + half) * rows.shape[0] + rows)
+    if SEGMENTS:
+        x += tl.load(before + (2 * seg + half) * rows.shape[0] + rows)
+    return x
+
+
+@triton.jit
+def feature_gradient(g, dA, other, y, start, rows, stride, T, states, before, program, seg, half, cols,
+                     DV: tl.constexpr, BV: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr,
+                     PREC: tl.constexpr):
     """One half of dphi_k: g + dA^T phi_q + v R^T, with y = v, other = that half of phi_q and states = R."""
     g = tl.dot(dA, other, g, input_precision=PREC)
     for j in tl.static_range(DV // BV):
         c = j * BV + tl.arange(0, BV)
         values = load_tile(y, start, rows, stride, c, T, dtype)
-        g = tl.dot(values, tl.trans(load_chunk_state(states, program, half, cols, c, DV)), g, input_precision=PREC)
+        state = load_chunk_state(states, before, program, seg, half, cols, c, DV, SEGMENTS)
+        g = tl.dot(values, tl.trans(state), g, input_precision=PREC)
     return g
 
 
@@ -172,20 +186,29 @@ def store_weight_gradient(dw, db, program, cols, dW, dB, BIAS: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
+def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1, links, ready,
                    qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, T, SEG, eps,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, STORE_S1: tl.constexpr, dtype: tl.constexpr,
-                   PREC: tl.constexpr):
-    seg, bh, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    b, h, n_seg = bh // H, bh % H, tl.num_programs(0)
+                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, STORE_S1: tl.constexpr, CHAIN: tl.constexpr,
+                   dtype: tl.constexpr, PREC: tl.constexpr):
+    """HAS_S0: s0 holds the state before each segment. CHAIN: before the first alone; each later segment waits for the
+    one before, whose program was started earlier, so that it cannot wait for ever."""
+    bh, seg, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    b, h, n_seg = bh // H, bh % H, tl.num_programs(1)
+    link = (bh * n_seg + seg) * tl.num_programs(2) + block
     q, k, v, o = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, o + b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
     causal = rows[:, None] >= rows[None, :]
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
-    Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
-    Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
+    Sp, zp = load_state(s0, bh if CHAIN else bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
+    Sm, zm = load_state(s0, bh if CHAIN else bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
+    if CHAIN:
+        if seg > 0:
+            while tl.atomic_add(ready + link, 0, sem="acquire") == 0:
+                pass
+            Sp, zp = load_state(links, bh * n_seg + seg, 0, cols, vcols, DV + 1, True)
+            Sm, zm = load_state(links, bh * n_seg + seg, 1, cols, vcols, DV + 1, True)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
@@ -212,6 +235,12 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
             tl.store(den + bh * T + start + rows, d, mask=start + rows < T)
         Sp = tl.dot(tl.trans(kp), x, Sp, input_precision=PREC)
         Sm = tl.dot(tl.trans(km), x, Sm, input_precision=PREC)
+    if CHAIN:
+        if seg < n_seg - 1:
+            store_state(links, bh * n_seg + seg + 1, 0, cols, vcols, DV + 1, Sp, zp, True)
+            store_state(links, bh * n_seg + seg + 1, 1, cols, vcols, DV + 1, Sm, zm, True)
+            tl.debug_barrier()  # every thread has written before one says so
+            tl.atomic_xchg(ready + link + tl.num_programs(2), 1, sem="release")
     if STORE_S1:
         if seg == n_seg - 1:
             store_state(s1, bh, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
@@ -219,24 +248,21 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
 
 
 @triton.jit
-def states_kernel(x, y, w, bias, o, den, dnum, dden, s0, chunks, z, total,
-                  xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
-                  HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                  BIAS: tl.constexpr, HAS_S0: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr,
-                  BACKWARD: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
-    """Sums of phi(x)^T [y, 1], or in the backward pass, from the last token to the first, of phi(x)^T [dnum, dden].
-
-    CHUNKS: write the sum before each chunk. TOTAL: write each segment's sum ("segments"), or the last one ("end").
-    """
-    seg, bh, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    b, h, n_seg, N = bh // H, bh % H, tl.num_programs(0), tl.cdiv(T, L)
+def walk(x, y, w, bias, o, den, dnum, dden, chunks, z, total, seg, bh, block, n_seg,
+         xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
+         HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
+         BIAS: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
+         PREC: tl.constexpr):
+    """Sums of phi(x)^T [y, 1] over a segment, or in the backward pass, from its last token to its first, of
+    phi(x)^T [dnum, dden]: with CHUNKS the sum before each chunk, with TOTAL that of the whole segment."""
+    b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     x, y = x + b * xb + h * xh, y + b * yb + h * yh
     if BACKWARD:
         o += b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
     W, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
-    Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
-    Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
+    Sp, Sm = tl.zeros((HP, BV), tl.float32), tl.zeros((HP, BV), tl.float32)
+    zp, zm = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
     n = chunks_of_segment(seg, SEG, T, L)
     for i in range(n):
         chunk = seg.to(tl.int64) * (SEG // L) + (n - 1 - i if BACKWARD else i)
@@ -269,34 +295,58 @@ def states_kernel(x, y, w, bias, o, den, dnum, dden, s0, chunks, z, total,
             zm += tl.sum(m, axis=0)
         Sp = tl.dot(tl.trans(p.to(dtype)), value, Sp, input_precision=PREC)
         Sm = tl.dot(tl.trans(m.to(dtype)), value, Sm, input_precision=PREC)
-    if TOTAL == "segments":
+    if TOTAL:
         store_state(total, bh * n_seg + seg, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
         store_state(total, bh * n_seg + seg, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
-    if TOTAL == "end":
-        if seg == (0 if BACKWARD else n_seg - 1):
-            store_state(total, bh, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
-            store_state(total, bh, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
 
 
 @triton.jit
-def prefix_kernel(sums, first, n_seg, size, HAS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """(B H, n_seg, size) sums of the segments -> in their place the sum before each, beginning with `first` or zero."""
-    bh, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    if HAS:
-        total += tl.load(first + bh * size + at, mask=at < size, other=0.0)
-    for i in range(n_seg):
-        here = sums + (bh * n_seg + (n_seg - 1 - i if BACKWARD else i)) * size + at
-        own = tl.load(here, mask=at < size, other=0.0)
-        tl.store(here, total, mask=at < size)
-        total += own
-
-
-@triton.jit
-def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dw, db,
-                  qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, H, T, SEG,
+def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, dnum, dden, r, zr, tr,
+                  kb, kh, kt, vb, vh, vt, qb, qh, qt, yb, yh, yt, ob, oh, ot, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                  BIAS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+                  BIAS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
+                  PREC: tl.constexpr):
+    """For the forward pass the total of each segment of k and v. For the backward pass the sums before each chunk, S_n
+    and R_n, by independent programs of one launch: together they fill the GPU's last wave better than in turns."""
+    seg, bh, block, n_seg = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(0)
+    if BACKWARD and block < DV // BV:  # the longer walk first
+        walk(q, do, wq, bq, o, den, dnum, dden, r, zr, tr, seg, bh, block, n_seg, qb, qh, qt, yb, yh, yt, ob, oh, ot,
+             H, T, SEG, HP, DV, BV, L, MAP, BIAS, True, TOTAL, True, dtype, PREC)
+    else:
+        walk(k, v, wk, bk, o, den, dnum, dden, s, zs, ts, seg, bh, block % (DV // BV), n_seg, kb, kh, kt, vb, vh, vt,
+             0, 0, 0, H, T, SEG, HP, DV, BV, L, MAP, BIAS, BACKWARD, TOTAL, False, dtype, PREC)
+
+
+@triton.jit
+def prefix_kernel(sums, first, last, states, z, n_seg, HP: tl.constexpr, DV: tl.constexpr, HAS_FIRST: tl.constexpr,
+                  HAS_LAST: tl.constexpr, CHUNKS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """(B H, n_seg, P, DV + 1) sums of the segments -> the sum before each, beginning with `first` or zero: in place, or
+    with CHUNKS in the layout and type of the chunks' states. The sum of all goes to `last`."""
+    bh, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    size: tl.constexpr = 2 * HP * (DV + 1)
+    row, col, inside = at // (DV + 1), at % (DV + 1), at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    if HAS_FIRST:
+        total += tl.load(first + bh * size + at, mask=inside, other=0.0)
+    for i in range(n_seg):
+        seg = bh * n_seg + (n_seg - 1 - i if BACKWARD else i)
+        own = tl.load(sums + seg * size + at, mask=inside, other=0.0)
+        if CHUNKS:
+            tl.store(states + (seg * 2 * HP + row) * DV + col, total.to(states.dtype.element_ty),
+                     mask=inside & (col < DV))
+            tl.store(z + seg * 2 * HP + row, total, mask=inside & (col == DV))
+        else:
+            tl.store(sums + seg * size + at, total, mask=inside)
+        total += own
+    if HAS_LAST:
+        tl.store(last + bh * size + at, total, mask=inside)
+
+
+@triton.jit
+def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, dnum, dden, dq, dw, db,
+                  qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, H, T, SEG, WALK,
+                  HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
+                  BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
     seg, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
@@ -309,7 +359,7 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dw, db,
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
-        program = bh * N + chunk
+        program, segment = bh * N + chunk, bh * tl.cdiv(T, WALK) + start // WALK
         rawk = load_tile(k, start, rows, kt, cols, T, dtype)
         dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), T, dtype)
         x = load_tile(v, start, rows, vt, tl.arange(0, BV), T, dtype)
@@ -319,16 +369,18 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dw, db,
         kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
         dA = tl.zeros((L, L), tl.float32) + dd[:, None]
-        gp = dd[:, None] * tl.load(z + 2 * program * HP + cols)[None, :]
-        gm = dd[:, None] * tl.load(z + (2 * program + 1) * HP + cols)[None, :]
+        gp = dd[:, None] * load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
+        gm = dd[:, None] * load_chunk_z(z, z0, program, segment, 1, cols, SEGMENTS)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
             if j > 0:
                 dy = load_tile(dnum, start, rows, DV, c, T, dtype)
                 x = load_tile(v, start, rows, vt, c, T, dtype)
             dA = tl.dot(dy, tl.trans(x), dA, input_precision=PREC)
-            gp = tl.dot(dy, tl.trans(load_chunk_state(s, program, 0, cols, c, DV)), gp, input_precision=PREC)
-            gm = tl.dot(dy, tl.trans(load_chunk_state(s, program, 1, cols, c, DV)), gm, input_precision=PREC)
+            state = load_chunk_state(s, s0, program, segment, 0, cols, c, DV, SEGMENTS)
+            gp = tl.dot(dy, tl.trans(state), gp, input_precision=PREC)
+            state = load_chunk_state(s, s0, program, segment, 1, cols, c, DV, SEGMENTS)
+            gm = tl.dot(dy, tl.trans(state), gm, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
         gp = tl.dot(dA, kp, gp, input_precision=PREC)
         gm = tl.dot(dA, km, gm, input_precision=PREC)
@@ -348,10 +400,10 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dw, db,
 
 
 @triton.jit
-def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dw, db,
-                   qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, yb, yh, yt, H, T, SEG,
+def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, dnum, dden, dk, dv, dw, db,
+                   qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, yb, yh, yt, H, T, SEG, WALK,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                   BIAS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+                   BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
     seg, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
@@ -364,7 +416,7 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dw, db,
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
-        program = bh * N + chunk
+        program, segment = bh * N + chunk, bh * tl.cdiv(T, WALK) + start // WALK
         rawq = load_tile(q, start, rows, qt, cols, T, dtype)
         raw = load_tile(k, start, rows, kt, cols, T, dtype)
         dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), T, dtype)
@@ -384,19 +436,23 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dw, db,
                 dy = load_tile(dnum, start, rows, DV, c, T, dtype)
                 x = load_tile(v, start, rows, vt, c, T, dtype)
             y = tl.dot(A, dy, input_precision=PREC)
-            y = tl.dot(kp, load_chunk_state(r, program, 0, cols, c, DV), y, input_precision=PREC)
-            y = tl.dot(km, load_chunk_state(r, program, 1, cols, c, DV), y, input_precision=PREC)
+            state = load_chunk_state(r, r0, program, segment, 0, cols, c, DV, SEGMENTS)
+            y = tl.dot(kp, state, y, input_precision=PREC)
+            state = load_chunk_state(r, r0, program, segment, 1, cols, c, DV, SEGMENTS)
+            y = tl.dot(km, state, y, input_precision=PREC)
             store_tile(dv, start, rows, yt, c, T, y)
             dA = tl.dot(x, tl.trans(dy), dA, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
-        g = tl.zeros((L, HP), tl.float32) + tl.load(z + 2 * program * HP + cols)[None, :]
-        g = feature_gradient(g, dA, qp, v, start, rows, vt, T, r, program, 0, cols, DV, BV, dtype, PREC)
+        g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
+        g = feature_gradient(g, dA, qp, v, start, rows, vt, T, r, r0, program, segment, 0, cols, DV, BV, SEGMENTS,
+                             dtype, PREC)
         if MAP:
             du = half_gradient(kp, g)
         else:
             store_tile(dk, start, rows, xt, cols, T, g)
-        g = tl.zeros((L, HP), tl.float32) + tl.load(z + (2 * program + 1) * HP + cols)[None, :]
-        g = feature_gradient(g, dA, qm, v, start, rows, vt, T, r, program, 1, cols, DV, BV, dtype, PREC)
+        g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 1, cols, SEGMENTS)[None, :]
+        g = feature_gradient(g, dA, qm, v, start, rows, vt, T, r, r0, program, segment, 1, cols, DV, BV, SEGMENTS,
+                             dtype, PREC)
         if MAP:
             du -= half_gradient(km, g)
             if BIAS:
@@ -414,12 +470,16 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dw, db,
 # Launches
 
 
-def segment_length(B, H, T, n_blocks, L, device):
-    """Tokens a program walks along: the whole sequence if B H programs fill the GPU, else as many chunks as fill it."""
+def slots(device):
+    """Programs that run at once."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    segments = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (B * H * n_blocks))
-    chunks = -(-T // L)
-    return L * max(-(-chunks // segments), min(chunks, 4))
+    return PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+
+
+def segments(programs, n_chunks, device, costs):
+    """Into how many segments to cut T: whole waves of programs on the GPU times what one of c segments costs."""
+    time = {c: -(-programs * c // slots(device)) * costs(c, -(-n_chunks // c)) for c in range(1, min(n_chunks, 64) + 1)}
+    return min(time, key=time.get)
 
 
 def options(q, v, has_map, bias):
@@ -438,38 +498,11 @@ def projections_like(*tensors):
     return [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in tensors]
 
 
-def walk(x, y, w, b, o, den, dnum, dden, first, total, opt, backward, chunks):
-    """`states_kernel` along all of T, in segments that begin where the one before ends.
-
-    Returns with `chunks` the sums before each chunk (S_n or R_n, and z_n or r_n), without it what `forward_kernel`
-    needs to walk by itself: the state before each segment or None, the tokens of a segment, the grid.
-    """
-    B, H, T, _ = x.shape
-    L, DV = opt["L"], opt["DV"]
-    n_blocks = DV // opt["BV"]
-    seg = segment_length(B, H, T, n_blocks, L, x.device)
-    n_seg = -(-T // seg)
-    grid = (n_seg, B * H, n_blocks)
-    other = o if backward else y
-
-    def launch(s0, chunks, z, total, which):
-        states_kernel[grid](x, y, w, b, o, den, dnum, dden, s0, chunks, z, total, *x.stride()[:3], *y.stride()[:3],
-                            *other.stride()[:3], H, T, seg, HAS_S0=s0 is not None, CHUNKS=chunks is not None,
-                            TOTAL=which, BACKWARD=backward, num_stages=1, **opt)
-
-    s0 = None if first is None else first.contiguous()
-    if n_seg > 1:
-        sums = x.new_empty(B * H, n_seg, 2 * opt["HP"] * (DV + 1), dtype=torch.float32)
-        launch(None, None, None, sums, "segments")
-        prefix_kernel[(B * H, triton.cdiv(sums.shape[-1], 1024))](
-            sums, s0, n_seg, sums.shape[-1], HAS=s0 is not None, BACKWARD=backward, BLOCK=1024)
-        s0 = sums
-    if chunks:
-        shape, dtype = (B * H, -(-T // L), 2 * opt["HP"]), x.dtype if opt["dtype"] is tl.bfloat16 else torch.float32
-        states, z = x.new_empty(*shape, DV, dtype=dtype), x.new_empty(shape, dtype=torch.float32)
-        launch(s0, states, z, total, "" if total is None else "end")
-        return states, z
-    return s0, seg, grid
+def prefix(sums, first, last, states, z, opt, backward):
+    n_seg, size = sums.shape[1:]
+    prefix_kernel[(sums.shape[0], triton.cdiv(size, 1024))](
+        sums, first, last, states, z, n_seg, HP=opt["HP"], DV=opt["DV"], HAS_FIRST=first is not None,
+        HAS_LAST=last is not None, CHUNKS=states is not None, BACKWARD=backward, BLOCK=1024)
 
 
 @torch.library.custom_op("hedgehog::attention", mutates_args=())
@@ -480,11 +513,32 @@ def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Te
     B, H, T, _ = q.shape
     opt = options(q, v, wq is not None, bq is not None)
     o, den, s1 = attention_outputs(q, v, wq, return_state)
-    s0, seg, grid = walk(k, v, wk, bk, None, None, None, None, state, None, opt, backward=False, chunks=False)
+    L, n_blocks, size = opt["L"], opt["DV"] // opt["BV"], 2 * opt["HP"] * (opt["DV"] + 1)
+    n_chunks, programs = -(-T // L), B * H * n_blocks
+    s0, links, ready = state, None, None
+    chain = programs >= slots(q.device)
+    if chain:  # enough heads: segments only for whole waves, each of which takes over the state of the one before
+        n_seg = segments(programs, n_chunks, q.device, lambda c, n: n + 0.5)
+    else:
+        n_seg = segments(programs, n_chunks, q.device, lambda c, n: n + 0.5 if c == 1 else 1.5 * n + 2)
+    seg = -(-n_chunks // n_seg) * L
+    n_seg = -(-T // seg)
+    chain = chain and n_seg > 1
+    if chain:
+        links = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
+        ready = q.new_zeros(B * H * n_seg * n_blocks, dtype=torch.int32)
+    elif n_seg > 1:
+        sums = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
+        states_kernel[(n_seg, B * H, n_blocks)](
+            k, v, wk, bk, None, None, sums, *[None] * 11, *k.stride()[:3], *v.stride()[:3], *[0] * 9, H, T, seg,
+            TOTAL=True, BACKWARD=False, num_stages=1, **opt)
+        prefix(sums, state, None, None, None, opt, backward=False)
+        s0 = sums
     num_stages = 2 if v.dtype == torch.bfloat16 and opt["HP"] <= 64 else 1  # elsewhere shared memory is full with one
-    forward_kernel[grid](q, k, v, wq, wk, bq, bk, s0, o, den, s1, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                         *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state,
-                         num_stages=num_stages, **opt)
+    forward_kernel[(B * H, n_seg, n_blocks)](
+        q, k, v, wq, wk, bq, bk, s0, o, den, s1, links, ready, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state, CHAIN=chain,
+        num_stages=num_stages, **opt)
     return o, den, s1
 
 
@@ -523,12 +577,31 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
     dden = torch.empty_like(den)
     dstate = torch.empty_like(state) if state is not None else None
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    r, z = walk(q, do, wq, bq, o, den, dnum, dden, ds1, dstate, opt, backward=True, chunks=True)
-    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dwk, dbk, *strides, *dk.stride()[:3],
-                         *dv.stride()[:3], H, T, seg, num_stages=1, **opt)
-    s, z = walk(k, v, wk, bk, None, None, None, None, state, None, opt, backward=False, chunks=True)
-    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dwq, dbq, *strides, *dq.stride()[:3], H, T, seg,
-                        num_stages=1, **opt)
+    L, n_blocks, size = opt["L"], opt["DV"] // opt["BV"], 2 * HP * (opt["DV"] + 1)
+    n_chunks = -(-T // L)
+    n_seg = segments(2 * B * H * n_blocks, n_chunks, q.device, lambda c, n: n + 0.5)
+    walk_tokens = -(-n_chunks // n_seg) * L
+    n_seg = -(-T // walk_tokens)
+    held = q.dtype if opt["dtype"] is tl.bfloat16 else float32
+    s, r = q.new_empty(2, B * H, n_chunks, 2 * HP, opt["DV"], dtype=held)
+    zs, zr = q.new_empty(2, B * H, n_chunks, 2 * HP, dtype=float32)
+    total = n_seg > 1 or state is not None or ds1 is not None
+    ts = tr = s0 = zs0 = r0 = zr0 = None
+    if total:
+        ts, tr = q.new_empty(2, B * H, n_seg, size, dtype=float32)
+    states_kernel[(n_seg, B * H, 2 * n_blocks)](
+        k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, dnum, dden, r, zr, tr, *k.stride()[:3], *v.stride()[:3],
+        *q.stride()[:3], *do.stride()[:3], *o.stride()[:3], H, T, walk_tokens, TOTAL=total, BACKWARD=True,
+        num_stages=1, **opt)
+    if total:
+        s0, r0 = q.new_empty(2, B * H, n_seg, 2 * HP, opt["DV"], dtype=held)
+        zs0, zr0 = q.new_empty(2, B * H, n_seg, 2 * HP, dtype=float32)
+        prefix(ts, state, None, s0, zs0, opt, backward=False)
+        prefix(tr, ds1, dstate, r0, zr0, opt, backward=True)
+    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, zr, r0, zr0, dnum, dden, dk, dv, dwk, dbk, *strides,
+                         *dk.stride()[:3], *dv.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1, **opt)
+    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, zs, s0, zs0, dnum, dden, dq, dwq, dbq, *strides,
+                        *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1, **opt)
     empty = lambda: q.new_empty(0, dtype=float32)  # noqa: E731
     sums = [empty() if x is None else x.sum(dim=(0, 2)).to(w.dtype)
             for x, w in ((dwq, wq), (dwk, wk), (dbq, bq), (dbk, bk))]
