@@ -48,16 +48,30 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_tile(ptr, start, rows, stride, cols, T, dtype: tl.constexpr):
-    """Rows start + rows (those >= T are zero) and columns cols of a matrix whose last axis is contiguous."""
-    at = ptr + start * stride + rows[:, None] * stride + cols[None, :]  # start is int64: no overflow past 2^31
-    return tl.load(at, mask=start + rows[:, None] < T, other=0.0).to(dtype)
+def load_tile(ptr, start, rows, stride, cols, n, dtype: tl.constexpr):
+    """Rows start + rows (zero from the n-th on) and columns cols of a matrix whose last axis is contiguous."""
+    at = ptr + start * stride + (rows[:, None] * stride + cols[None, :])  # start is int64: no overflow past 2^31
+    return tl.load(at, mask=rows[:, None] < n, other=0.0).to(dtype)
 
 
 @triton.jit
-def store_tile(ptr, start, rows, stride, cols, T, x):
-    at = ptr + start * stride + rows[:, None] * stride + cols[None, :]
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=start + rows[:, None] < T)
+def store_tile(ptr, start, rows, stride, cols, n, x):
+    at = ptr + start * stride + (rows[:, None] * stride + cols[None, :])
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=rows[:, None] < n)
+
+
+@triton.jit
+def prefetch(ptr, start, rows, stride, width: tl.constexpr, T, PREFETCH: tl.constexpr):
+    """Ask for rows of a matrix to be brought into the L2 cache: a later load waits for a third of the time, and no
+    register is held meanwhile."""
+    if PREFETCH:
+        first = tl.minimum(tl.maximum(start, 0), T - 1)
+        last = tl.minimum(T - 1 - first, rows.shape[0]).to(tl.int32)
+        at = ptr + first * stride + tl.minimum(rows, last) * stride
+        bits: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+        for line in tl.static_range((width * bits + 1023) // 1024):  # of 128 bytes
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at + line * (1024 // bits)],
+                                      dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -90,14 +104,14 @@ def softmaxes(raw, w, b, scale, BIAS: tl.constexpr, PREC: tl.constexpr):
 
 
 @triton.jit
-def features(raw, x, start, rows, stride, cols, w, b, T, scale, MAP: tl.constexpr, BIAS: tl.constexpr,
+def features(raw, x, start, rows, stride, cols, w, b, n, scale, MAP: tl.constexpr, BIAS: tl.constexpr,
              PREC: tl.constexpr):
     """The halves of phi in float32. `scale` is 0 in rows that are not there. Without MAP, raw is the first half, and
     the second lies beside it in x."""
     if MAP:
         p, m = softmaxes(raw, w, b, scale, BIAS, PREC)
     else:
-        p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, T, tl.float32)
+        p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, n, tl.float32)
     return p, m
 
 
@@ -159,14 +173,14 @@ def load_chunk_z(z, before, program, seg, half, rows, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def feature_gradient(g, dA, other, y, start, rows, stride, T, states, before, program, seg, half, cols,
+def feature_gradient(g, dA, other, y, start, rows, stride, n, states, before, program, seg, half, cols,
                      DV: tl.constexpr, BV: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr,
                      PREC: tl.constexpr):
     """One half of dphi_k: g + dA^T phi_q + v R^T, with y = v, other = that half of phi_q and states = R."""
     g = tl.dot(dA, other, g, input_precision=PREC)
     for j in tl.static_range(DV // BV):
         c = j * BV + tl.arange(0, BV)
-        values = load_tile(y, start, rows, stride, c, T, dtype)
+        values = load_tile(y, start, rows, stride, c, n, dtype)
         state = load_chunk_state(states, before, program, seg, half, cols, c, DV, SEGMENTS)
         g = tl.dot(values, tl.trans(state), g, input_precision=PREC)
     return g
@@ -186,42 +200,36 @@ def store_weight_gradient(dw, db, program, cols, dW, dB, BIAS: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1, links, ready,
+def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
                    qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, T, SEG, eps,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, STORE_S1: tl.constexpr, CHAIN: tl.constexpr,
-                   dtype: tl.constexpr, PREC: tl.constexpr):
-    """HAS_S0: s0 holds the state before each segment. CHAIN: before the first alone; each later segment waits for the
-    one before, whose program was started earlier, so that it cannot wait for ever."""
+                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, STORE_S1: tl.constexpr, dtype: tl.constexpr,
+                   PREC: tl.constexpr):
     bh, seg, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     b, h, n_seg = bh // H, bh % H, tl.num_programs(1)
-    link = (bh * n_seg + seg) * tl.num_programs(2) + block
     q, k, v, o = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, o + b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
     causal = rows[:, None] >= rows[None, :]
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
-    Sp, zp = load_state(s0, bh if CHAIN else bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
-    Sm, zm = load_state(s0, bh if CHAIN else bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
-    if CHAIN:
-        if seg > 0:
-            while tl.atomic_add(ready + link, 0, sem="acquire") == 0:
-                pass
-            Sp, zp = load_state(links, bh * n_seg + seg, 0, cols, vcols, DV + 1, True)
-            Sm, zm = load_state(links, bh * n_seg + seg, 1, cols, vcols, DV + 1, True)
+    Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
+    Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
-        rawk = load_tile(k, start, rows, kt, cols, T, dtype)
-        rawq = load_tile(q, start, rows, qt, cols, T, dtype)
-        inside = (start + rows < T).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, T, 1.0, MAP, BIAS, PREC)
-        x = load_tile(v, start, rows, vt, vcols, T, dtype)
+        n = tl.minimum(T - start, L).to(tl.int32)
+        rawq = load_tile(q, start, rows, qt, cols, n, dtype)
+        rawk = load_tile(k, start, rows, kt, cols, n, dtype)
+        x = load_tile(v, start, rows, vt, vcols, n, dtype)
+        # q before k, float32 for as short as can be: registers are what there is least of
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, 1.0, MAP, BIAS, PREC)
         d = tl.sum(qp * zp[None, :], axis=1) + tl.sum(qm * zm[None, :], axis=1)
+        qp, qm = qp.to(dtype), qm.to(dtype)
+        inside = (rows < n).to(tl.float32)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside, MAP, BIAS, PREC)
         zp += tl.sum(kp, axis=0)
         zm += tl.sum(km, axis=0)
-        qp, qm, kp, km = qp.to(dtype), qm.to(dtype), kp.to(dtype), km.to(dtype)
+        kp, km = kp.to(dtype), km.to(dtype)
         A = tl.dot(qp, tl.trans(kp), input_precision=PREC)
         A = tl.dot(qm, tl.trans(km), A, input_precision=PREC)
         A = tl.where(causal, A, 0.0)
@@ -230,17 +238,11 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1, links, ready,
         y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
         y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
         y = tl.dot(A.to(dtype), x, y, input_precision=PREC)
-        store_tile(o, start, rows, ot, vcols, T, y * (1.0 / d)[:, None])
+        store_tile(o, start, rows, ot, vcols, n, y * (1.0 / d)[:, None])
         if block == 0:
-            tl.store(den + bh * T + start + rows, d, mask=start + rows < T)
+            tl.store(den + bh * T + start + rows, d, mask=rows < n)
         Sp = tl.dot(tl.trans(kp), x, Sp, input_precision=PREC)
         Sm = tl.dot(tl.trans(km), x, Sm, input_precision=PREC)
-    if CHAIN:
-        if seg < n_seg - 1:
-            store_state(links, bh * n_seg + seg + 1, 0, cols, vcols, DV + 1, Sp, zp, True)
-            store_state(links, bh * n_seg + seg + 1, 1, cols, vcols, DV + 1, Sm, zm, True)
-            tl.debug_barrier()  # every thread has written before one says so
-            tl.atomic_xchg(ready + link + tl.num_programs(2), 1, sem="release")
     if STORE_S1:
         if seg == n_seg - 1:
             store_state(s1, bh, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
@@ -252,7 +254,7 @@ def walk(x, y, w, bias, o, den, dnum, dden, chunks, z, total, seg, bh, block, n_
          xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
          HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
          BIAS: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
-         PREC: tl.constexpr):
+         PREC: tl.constexpr, PREFETCH: tl.constexpr):
     """Sums of phi(x)^T [y, 1] over a segment, or in the backward pass, from its last token to its first, of
     phi(x)^T [dnum, dden]: with CHUNKS the sum before each chunk, with TOTAL that of the whole segment."""
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
@@ -263,34 +265,39 @@ def walk(x, y, w, bias, o, den, dnum, dden, chunks, z, total, seg, bh, block, n_
     W, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
     Sp, Sm = tl.zeros((HP, BV), tl.float32), tl.zeros((HP, BV), tl.float32)
     zp, zm = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
-    n = chunks_of_segment(seg, SEG, T, L)
-    for i in range(n):
-        chunk = seg.to(tl.int64) * (SEG // L) + (n - 1 - i if BACKWARD else i)
+    n_chunks = chunks_of_segment(seg, SEG, T, L)
+    for i in range(n_chunks):
+        chunk = seg.to(tl.int64) * (SEG // L) + (n_chunks - 1 - i if BACKWARD else i)
         start = chunk * L
+        n = tl.minimum(T - start, L).to(tl.int32)
         if CHUNKS:
             store_chunk_state(chunks, z, bh * N + chunk, 0, cols, vcols, DV, Sp, zp, block == 0)
             store_chunk_state(chunks, z, bh * N + chunk, 1, cols, vcols, DV, Sm, zm, block == 0)
-        raw = load_tile(x, start, rows, xt, cols, T, dtype)
-        inside = (start + rows < T).to(tl.float32)
+        raw = load_tile(x, start, rows, xt, cols, n, dtype)
+        inside = (rows < n).to(tl.float32)
+        after = start + (-L if BACKWARD else L)
+        prefetch(x, after, rows, xt, HP, T, PREFETCH)
+        prefetch(y, after, rows, yt, DV, T, PREFETCH)
         if BACKWARD:
+            prefetch(o, after, rows, ot, DV, T, PREFETCH)
             at = bh * T + start + rows
-            r = 1.0 / tl.load(den + at, mask=start + rows < T, other=1.0)  # where den was below eps it is inf: 0
+            r = 1.0 / tl.load(den + at, mask=rows < n, other=1.0)  # where den was below eps it is inf: 0
             dot = tl.zeros((L,), tl.float32)
             for j in tl.static_range(DV // BV):
                 c = j * BV + tl.arange(0, BV)
-                dot += tl.sum(load_tile(o, start, rows, ot, c, T, tl.float32)
-                              * load_tile(y, start, rows, yt, c, T, tl.float32), axis=1)
-            value = (load_tile(y, start, rows, yt, vcols, T, tl.float32) * r[:, None]).to(dtype)
+                dot += tl.sum(load_tile(o, start, rows, ot, c, n, tl.float32)
+                              * load_tile(y, start, rows, yt, c, n, tl.float32), axis=1)
+            value = (load_tile(y, start, rows, yt, vcols, n, tl.float32) * r[:, None]).to(dtype)
             if CHUNKS:
-                store_tile(dnum + bh * T * DV, start, rows, DV, vcols, T, value)
+                store_tile(dnum + bh * T * DV, start, rows, DV, vcols, n, value)
                 if block == 0:
-                    tl.store(dden + at, -dot * r, mask=start + rows < T)
-            p, m = features(raw, x, start, rows, xt, cols, W, B, T, inside, MAP, BIAS, PREC)
+                    tl.store(dden + at, -dot * r, mask=rows < n)
+            p, m = features(raw, x, start, rows, xt, cols, W, B, n, inside, MAP, BIAS, PREC)
             zp -= tl.sum(p * (dot * r)[:, None], axis=0)
             zm -= tl.sum(m * (dot * r)[:, None], axis=0)
         else:
-            value = load_tile(y, start, rows, yt, vcols, T, dtype)
-            p, m = features(raw, x, start, rows, xt, cols, W, B, T, inside, MAP, BIAS, PREC)
+            value = load_tile(y, start, rows, yt, vcols, n, dtype)
+            p, m = features(raw, x, start, rows, xt, cols, W, B, n, inside, MAP, BIAS, PREC)
             zp += tl.sum(p, axis=0)
             zm += tl.sum(m, axis=0)
         Sp = tl.dot(tl.trans(p.to(dtype)), value, Sp, input_precision=PREC)
@@ -305,16 +312,16 @@ def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, dnum, dden, r,
                   kb, kh, kt, vb, vh, vt, qb, qh, qt, yb, yh, yt, ob, oh, ot, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                   BIAS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
-                  PREC: tl.constexpr):
+                  PREC: tl.constexpr, PREFETCH: tl.constexpr):
     """For the forward pass the total of each segment of k and v. For the backward pass the sums before each chunk, S_n
     and R_n, by independent programs of one launch: together they fill the GPU's last wave better than in turns."""
-    seg, bh, block, n_seg = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(0)
+    bh, seg, block, n_seg = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     if BACKWARD and block < DV // BV:  # the longer walk first
         walk(q, do, wq, bq, o, den, dnum, dden, r, zr, tr, seg, bh, block, n_seg, qb, qh, qt, yb, yh, yt, ob, oh, ot,
-             H, T, SEG, HP, DV, BV, L, MAP, BIAS, True, TOTAL, True, dtype, PREC)
+             H, T, SEG, HP, DV, BV, L, MAP, BIAS, True, TOTAL, True, dtype, PREC, PREFETCH)
     else:
         walk(k, v, wk, bk, o, den, dnum, dden, s, zs, ts, seg, bh, block % (DV // BV), n_seg, kb, kh, kt, vb, vh, vt,
-             0, 0, 0, H, T, SEG, HP, DV, BV, L, MAP, BIAS, BACKWARD, TOTAL, False, dtype, PREC)
+             0, 0, 0, H, T, SEG, HP, DV, BV, L, MAP, BIAS, BACKWARD, TOTAL, False, dtype, PREC, PREFETCH)
 
 
 @triton.jit
@@ -346,8 +353,8 @@ def prefix_kernel(sums, first, last, states, z, n_seg, HP: tl.constexpr, DV: tl.
 def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, dnum, dden, dq, dw, db,
                   qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, H, T, SEG, WALK,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                  BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
-    seg, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+                  BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr, PREFETCH: tl.constexpr):
+    bh, seg = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
     dnum, dden, dq = dnum + bh * T * DV, dden + bh * T, dq + b * xb + h * xh
@@ -359,14 +366,23 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, dnum, dden, dq, dw, db,
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
+        n = tl.minimum(T - start, L).to(tl.int32)
         program, segment = bh * N + chunk, bh * tl.cdiv(T, WALK) + start // WALK
-        rawk = load_tile(k, start, rows, kt, cols, T, dtype)
-        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), T, dtype)
-        x = load_tile(v, start, rows, vt, tl.arange(0, BV), T, dtype)
-        raw = load_tile(q, start, rows, qt, cols, T, dtype)
-        dd = tl.load(dden + start + rows, mask=start + rows < T, other=0.0)
-        inside = (start + rows < T).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
+        rawk = load_tile(k, start, rows, kt, cols, n, dtype)
+        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), n, dtype)
+        x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
+        raw = load_tile(q, start, rows, qt, cols, n, dtype)
+        dd = tl.load(dden + start + rows, mask=rows < n, other=0.0)
+        after = start + L
+        prefetch(q, after, rows, qt, HP, T, PREFETCH)
+        prefetch(k, after, rows, kt, HP, T, PREFETCH)
+        prefetch(v, after, rows, vt, DV, T, PREFETCH)
+        prefetch(dnum, after, rows, DV, DV, T, PREFETCH)
+        if after < T:
+            prefetch(s + (program + 1) * 2 * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
+            prefetch(s + (program * 2 + 3) * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
+        inside = (rows < n).to(tl.float32)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside, MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
         dA = tl.zeros((L, L), tl.float32) + dd[:, None]
         gp = dd[:, None] * load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
@@ -374,8 +390,8 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, dnum, dden, dq, dw, db,
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
             if j > 0:
-                dy = load_tile(dnum, start, rows, DV, c, T, dtype)
-                x = load_tile(v, start, rows, vt, c, T, dtype)
+                dy = load_tile(dnum, start, rows, DV, c, n, dtype)
+                x = load_tile(v, start, rows, vt, c, n, dtype)
             dA = tl.dot(dy, tl.trans(x), dA, input_precision=PREC)
             state = load_chunk_state(s, s0, program, segment, 0, cols, c, DV, SEGMENTS)
             gp = tl.dot(dy, tl.trans(state), gp, input_precision=PREC)
@@ -390,13 +406,13 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, dnum, dden, dq, dw, db,
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
-            store_tile(dq, start, rows, xt, cols, T, tl.dot(du, tl.trans(WQ), input_precision=PREC))
+            store_tile(dq, start, rows, xt, cols, n, tl.dot(du, tl.trans(WQ), input_precision=PREC))
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
-            store_tile(dq, start, rows, xt, cols, T, gp)
-            store_tile(dq + HP, start, rows, xt, cols, T, gm)
+            store_tile(dq, start, rows, xt, cols, n, gp)
+            store_tile(dq + HP, start, rows, xt, cols, n, gm)
     if MAP:
-        store_weight_gradient(dw, db, bh * tl.num_programs(0) + seg, cols, dW, dB, BIAS)
+        store_weight_gradient(dw, db, bh * tl.num_programs(1) + seg, cols, dW, dB, BIAS)
 
 
 @triton.jit
@@ -404,7 +420,7 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, dnum, dden, dk, dv, dw
                    qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, yb, yh, yt, H, T, SEG, WALK,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                    BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
-    seg, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    bh, seg = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
     dnum, dden, dk, dv = dnum + bh * T * DV, dden + bh * T, dk + b * xb + h * xh, dv + b * yb + h * yh
@@ -416,70 +432,71 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, dnum, dden, dk, dv, dw
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
+        n = tl.minimum(T - start, L).to(tl.int32)
         program, segment = bh * N + chunk, bh * tl.cdiv(T, WALK) + start // WALK
-        rawq = load_tile(q, start, rows, qt, cols, T, dtype)
-        raw = load_tile(k, start, rows, kt, cols, T, dtype)
-        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), T, dtype)
-        inside = (start + rows < T).to(tl.float32)
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, T, 1.0, MAP, BIAS, PREC)
+        rawq = load_tile(q, start, rows, qt, cols, n, dtype)
+        raw = load_tile(k, start, rows, kt, cols, n, dtype)
+        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), n, dtype)
+        inside = (rows < n).to(tl.float32)
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, 1.0, MAP, BIAS, PREC)
         qp, qm = qp.to(dtype), qm.to(dtype)
-        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
+        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, n, inside, MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
-        x = load_tile(v, start, rows, vt, tl.arange(0, BV), T, dtype)
+        x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
         A = tl.dot(kp, tl.trans(qp), input_precision=PREC)
         A = tl.dot(km, tl.trans(qm), A, input_precision=PREC)
         A = tl.where(causal, A, 0.0).to(dtype)
-        dA = tl.zeros((L, L), tl.float32) + tl.load(dden + start + rows, mask=start + rows < T, other=0.0)[None, :]
+        dA = tl.zeros((L, L), tl.float32) + tl.load(dden + start + rows, mask=rows < n, other=0.0)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
             if j > 0:
-                dy = load_tile(dnum, start, rows, DV, c, T, dtype)
-                x = load_tile(v, start, rows, vt, c, T, dtype)
+                dy = load_tile(dnum, start, rows, DV, c, n, dtype)
+                x = load_tile(v, start, rows, vt, c, n, dtype)
             y = tl.dot(A, dy, input_precision=PREC)
             state = load_chunk_state(r, r0, program, segment, 0, cols, c, DV, SEGMENTS)
             y = tl.dot(kp, state, y, input_precision=PREC)
             state = load_chunk_state(r, r0, program, segment, 1, cols, c, DV, SEGMENTS)
             y = tl.dot(km, state, y, input_precision=PREC)
-            store_tile(dv, start, rows, yt, c, T, y)
+            store_tile(dv, start, rows, yt, c, n, y)
             dA = tl.dot(x, tl.trans(dy), dA, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
         g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
-        g = feature_gradient(g, dA, qp, v, start, rows, vt, T, r, r0, program, segment, 0, cols, DV, BV, SEGMENTS,
+        g = feature_gradient(g, dA, qp, v, start, rows, vt, n, r, r0, program, segment, 0, cols, DV, BV, SEGMENTS,
                              dtype, PREC)
         if MAP:
             du = half_gradient(kp, g)
         else:
-            store_tile(dk, start, rows, xt, cols, T, g)
+            store_tile(dk, start, rows, xt, cols, n, g)
         g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 1, cols, SEGMENTS)[None, :]
-        g = feature_gradient(g, dA, qm, v, start, rows, vt, T, r, r0, program, segment, 1, cols, DV, BV, SEGMENTS,
+        g = feature_gradient(g, dA, qm, v, start, rows, vt, n, r, r0, program, segment, 1, cols, DV, BV, SEGMENTS,
                              dtype, PREC)
         if MAP:
             du -= half_gradient(km, g)
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
-            store_tile(dk, start, rows, xt, cols, T, tl.dot(du, tl.trans(WK), input_precision=PREC))
+            store_tile(dk, start, rows, xt, cols, n, tl.dot(du, tl.trans(WK), input_precision=PREC))
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
-            store_tile(dk + HP, start, rows, xt, cols, T, g)
+            store_tile(dk + HP, start, rows, xt, cols, n, g)
     if MAP:
-        store_weight_gradient(dw, db, bh * tl.num_programs(0) + seg, cols, dW, dB, BIAS)
+        store_weight_gradient(dw, db, bh * tl.num_programs(1) + seg, cols, dW, dB, BIAS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
+PREFETCH = isinstance(forward_kernel, triton.JITFunction)  # no inline assembly in the interpreter
 
-def slots(device):
-    """Programs that run at once."""
+
+def segments(programs, T, L, device, cost):
+    """(tokens of a segment, how many): cut T so that whole waves of programs, each of which lasts cost(c, chunks) when
+    cut into c segments of so many chunks, take the least time."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-
-
-def segments(programs, n_chunks, device, costs):
-    """Into how many segments to cut T: whole waves of programs on the GPU times what one of c segments costs."""
-    time = {c: -(-programs * c // slots(device)) * costs(c, -(-n_chunks // c)) for c in range(1, min(n_chunks, 64) + 1)}
-    return min(time, key=time.get)
+    slots, n_chunks = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, -(-T // L)
+    time = {c: -(-programs * c // slots) * cost(c, -(-n_chunks // c)) for c in range(1, min(n_chunks, 64) + 1)}
+    chunks = -(-n_chunks // min(time, key=time.get))
+    return chunks * L, -(-n_chunks // chunks)
 
 
 def options(q, v, has_map, bias):
@@ -505,39 +522,27 @@ def prefix(sums, first, last, states, z, opt, backward):
         HAS_LAST=last is not None, CHUNKS=states is not None, BACKWARD=backward, BLOCK=1024)
 
 
-@torch.library.custom_op("hedgehog::attention", mutates_args=())
-def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor | None,
+def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor | None,
                  bq: torch.Tensor | None, bk: torch.Tensor | None, state: torch.Tensor | None, return_state: bool,
                  eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, den (B, H, T), the state after the last token (B, H, P, D+1), or an empty one)."""
     B, H, T, _ = q.shape
     opt = options(q, v, wq is not None, bq is not None)
     o, den, s1 = attention_outputs(q, v, wq, return_state)
-    L, n_blocks, size = opt["L"], opt["DV"] // opt["BV"], 2 * opt["HP"] * (opt["DV"] + 1)
-    n_chunks, programs = -(-T // L), B * H * n_blocks
-    s0, links, ready = state, None, None
-    chain = programs >= slots(q.device)
-    if chain:  # enough heads: segments only for whole waves, each of which takes over the state of the one before
-        n_seg = segments(programs, n_chunks, q.device, lambda c, n: n + 0.5)
-    else:
-        n_seg = segments(programs, n_chunks, q.device, lambda c, n: n + 0.5 if c == 1 else 1.5 * n + 2)
-    seg = -(-n_chunks // n_seg) * L
-    n_seg = -(-T // seg)
-    chain = chain and n_seg > 1
-    if chain:
-        links = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
-        ready = q.new_zeros(B * H * n_seg * n_blocks, dtype=torch.int32)
-    elif n_seg > 1:
-        sums = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
-        states_kernel[(n_seg, B * H, n_blocks)](
-            k, v, wk, bk, None, None, sums, *[None] * 11, *k.stride()[:3], *v.stride()[:3], *[0] * 9, H, T, seg,
-            TOTAL=True, BACKWARD=False, num_stages=1, **opt)
-        prefix(sums, state, None, None, None, opt, backward=False)
-        s0 = sums
+    n_blocks, size = opt["DV"] // opt["BV"], 2 * opt["HP"] * (opt["DV"] + 1)
+    # To walk for the sums of the segments first takes half as long again.
+    seg, n_seg = segments(B * H * n_blocks, T, opt["L"], q.device, lambda c, n: n if c == 1 else 1.5 * n + 2)
+    s0 = state
+    if n_seg > 1:
+        s0 = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
+        states_kernel[(B * H, n_seg, n_blocks)](
+            k, v, wk, bk, None, None, s0, *[None] * 11, *k.stride()[:3], *v.stride()[:3], *[0] * 9, H, T, seg,
+            TOTAL=True, BACKWARD=False, PREFETCH=PREFETCH, num_stages=1, **opt)
+        prefix(s0, state, None, None, None, opt, backward=False)
     num_stages = 2 if v.dtype == torch.bfloat16 and opt["HP"] <= 64 else 1  # elsewhere shared memory is full with one
     forward_kernel[(B * H, n_seg, n_blocks)](
-        q, k, v, wq, wk, bq, bk, s0, o, den, s1, links, ready, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state, CHAIN=chain,
+        q, k, v, wq, wk, bq, bk, s0, o, den, s1, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state,
         num_stages=num_stages, **opt)
     return o, den, s1
 
@@ -548,13 +553,11 @@ def attention_outputs(q, v, wq, return_state):
     return (*projections_like(v), q.new_empty(B, H, T, dtype=torch.float32), q.new_empty(state, dtype=torch.float32))
 
 
-@attention_op.register_fake
-def _(q, k, v, wq, wk, bq, bk, state, return_state, eps):
+def attention_fake(q, k, v, wq, wk, bq, bk, state, return_state, eps):
     return attention_outputs(q, v, wq, return_state)
 
 
-@torch.library.custom_op("hedgehog::attention_backward", mutates_args=())
-def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                 wq: torch.Tensor | None, wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None,
                 state: torch.Tensor | None, o: torch.Tensor, den: torch.Tensor) -> list[torch.Tensor]:
     """[dq, dk, dv, dwq, dwk, dbq, dbk, dstate]; those that nothing asked for are empty."""
@@ -564,12 +567,12 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
     opt = options(q, v, wq is not None, bq is not None)
     HP, float32 = opt["HP"], torch.float32
     seg = CHUNKS_PER_PROGRAM * opt["L"]
-    grid = (-(-T // seg), B * H)
+    grid = (B * H, -(-T // seg))
 
     def parts(w, b):
         """Where each program writes its share of dW and db."""
-        return (None if w is None else q.new_empty(B, H, grid[0], HP, HP, dtype=float32),
-                None if b is None else q.new_empty(B, H, grid[0], HP, dtype=float32))
+        return (None if w is None else q.new_empty(B, H, grid[1], HP, HP, dtype=float32),
+                None if b is None else q.new_empty(B, H, grid[1], HP, dtype=float32))
 
     (dwq, dbq), (dwk, dbk) = parts(wq, bq), parts(wk, bk)
     dq, dk, dv = projections_like(q, k, v)
@@ -577,11 +580,9 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
     dden = torch.empty_like(den)
     dstate = torch.empty_like(state) if state is not None else None
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    L, n_blocks, size = opt["L"], opt["DV"] // opt["BV"], 2 * HP * (opt["DV"] + 1)
-    n_chunks = -(-T // L)
-    n_seg = segments(2 * B * H * n_blocks, n_chunks, q.device, lambda c, n: n + 0.5)
-    walk_tokens = -(-n_chunks // n_seg) * L
-    n_seg = -(-T // walk_tokens)
+    n_blocks, n_chunks, size = opt["DV"] // opt["BV"], -(-T // opt["L"]), 2 * HP * (opt["DV"] + 1)
+    # Segments cost the gradient kernels about as much as 20 more chunks of this walk.
+    walk_tokens, n_seg = segments(2 * B * H * n_blocks, T, opt["L"], q.device, lambda c, n: n + 20 * (c > 1))
     held = q.dtype if opt["dtype"] is tl.bfloat16 else float32
     s, r = q.new_empty(2, B * H, n_chunks, 2 * HP, opt["DV"], dtype=held)
     zs, zr = q.new_empty(2, B * H, n_chunks, 2 * HP, dtype=float32)
@@ -589,10 +590,10 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
     ts = tr = s0 = zs0 = r0 = zr0 = None
     if total:
         ts, tr = q.new_empty(2, B * H, n_seg, size, dtype=float32)
-    states_kernel[(n_seg, B * H, 2 * n_blocks)](
+    states_kernel[(B * H, n_seg, 2 * n_blocks)](
         k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, dnum, dden, r, zr, tr, *k.stride()[:3], *v.stride()[:3],
         *q.stride()[:3], *do.stride()[:3], *o.stride()[:3], H, T, walk_tokens, TOTAL=total, BACKWARD=True,
-        num_stages=1, **opt)
+        PREFETCH=PREFETCH, num_stages=1, **opt)
     if total:
         s0, r0 = q.new_empty(2, B * H, n_seg, 2 * HP, opt["DV"], dtype=held)
         zs0, zr0 = q.new_empty(2, B * H, n_seg, 2 * HP, dtype=float32)
@@ -601,15 +602,15 @@ def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: 
     grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, zr, r0, zr0, dnum, dden, dk, dv, dwk, dbk, *strides,
                          *dk.stride()[:3], *dv.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1, **opt)
     grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, zs, s0, zs0, dnum, dden, dq, dwq, dbq, *strides,
-                        *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1, **opt)
+                        *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, PREFETCH=PREFETCH,
+                         num_stages=1, **opt)
     empty = lambda: q.new_empty(0, dtype=float32)  # noqa: E731
     sums = [empty() if x is None else x.sum(dim=(0, 2)).to(w.dtype)
             for x, w in ((dwq, wq), (dwk, wk), (dbq, bq), (dbk, bk))]
     return [dq, dk, dv, *sums, empty() if dstate is None else dstate]
 
 
-@backward_op.register_fake
-def _(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den):
+def backward_fake(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den):
     empty = q.new_empty(0, dtype=torch.float32)
     return [*projections_like(q, k, v),
             *(torch.empty_like(empty if w is None else w) for w in (wq, wk, bq, bk)),
@@ -624,11 +625,18 @@ def save_for_backward(ctx, inputs, output):
 
 def run_backward(ctx, do, dden, ds1):
     *inputs, o, den = ctx.saved_tensors
-    grads = backward_op(do, ds1 if ctx.return_state else None, *inputs, o, den)
+    grads = torch.ops.hedgehog.attention_backward(do, ds1 if ctx.return_state else None, *inputs, o, den)
     return (*(g if x is not None else None for g, x in zip(grads, inputs)), None, None)
 
 
-attention_op.register_autograd(run_backward, setup_context=save_for_backward)
+# torch.library.custom_op would do this in one line, and check at each call that no output shares memory with an input,
+# which takes longer than a small forward pass.
+for name, kernels, fake in (("hedgehog::attention", attention_kernels, attention_fake),
+                            ("hedgehog::attention_backward", backward_kernels, backward_fake)):
+    torch.library.define(name, torch.library.infer_schema(kernels, mutates_args=()))
+    torch.library.impl(name, "default", kernels)
+    torch.library.register_fake(name, fake)
+torch.library.register_autograd("hedgehog::attention", run_backward, setup_context=save_for_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,7 +708,7 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
         wq = wk = bq = bk = None
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     wq, wk, bq, bk, state = (x if x is None else x.contiguous() for x in (wq, wk, bq, bk, state))
-    y, _, state = attention_op(q, k, v, wq, wk, bq, bk, state, return_state, eps)
+    y, _, state = torch.ops.hedgehog.attention(q, k, v, wq, wk, bq, bk, state, return_state, eps)
     return (y, state) if return_state else y
 
 

@@ -61,11 +61,10 @@ def outputs_and_gradients(function, x, cotangents):
     dict(B=1, H=1, T=45, D=64, P=32, state=True),      # features given
     dict(B=1, H=1, T=2, D=32),
 ])
-@pytest.mark.parametrize("cut", ["whole", "independent segments", "chained segments"])
-def test_values_and_every_gradient_equal_the_definition(shape, cut, monkeypatch):
-    if cut != "whole":  # as on a GPU that a few heads cannot fill, and on one that they fill unevenly
-        monkeypatch.setattr(hedgehog_triton, "segments", lambda programs, n_chunks, device, cost: min(n_chunks, 3))
-        monkeypatch.setattr(hedgehog_triton, "slots", lambda device: 1 if cut == "chained segments" else 100)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_values_and_every_gradient_equal_the_definition(shape, segmented, monkeypatch):
+    if segmented:  # as on a GPU that a few heads cannot fill
+        monkeypatch.setattr(hedgehog_triton, "segments", lambda programs, T, L, device, cost: (L, -(-T // L)))
         monkeypatch.setattr(hedgehog_triton, "CHUNKS_PER_PROGRAM", 1)
     x = make(**shape)
     B, H, T, D = x["v"].shape
