@@ -363,11 +363,12 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, dnum, dden, dq, dw, db,
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
+    segment = bh * tl.cdiv(T, WALK) + seg.to(tl.int64) * SEG // WALK
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
         n = tl.minimum(T - start, L).to(tl.int32)
-        program, segment = bh * N + chunk, bh * tl.cdiv(T, WALK) + start // WALK
+        program = bh * N + chunk
         rawk = load_tile(k, start, rows, kt, cols, n, dtype)
         dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), n, dtype)
         x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
@@ -429,11 +430,12 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, dnum, dden, dk, dv, dw
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
+    segment = bh * tl.cdiv(T, WALK) + seg.to(tl.int64) * SEG // WALK
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
         n = tl.minimum(T - start, L).to(tl.int32)
-        program, segment = bh * N + chunk, bh * tl.cdiv(T, WALK) + start // WALK
+        program = bh * N + chunk
         rawq = load_tile(q, start, rows, qt, cols, n, dtype)
         raw = load_tile(k, start, rows, kt, cols, n, dtype)
         dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), n, dtype)
@@ -583,6 +585,9 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     n_blocks, n_chunks, size = opt["DV"] // opt["BV"], -(-T // opt["L"]), 2 * HP * (opt["DV"] + 1)
     # Segments cost the gradient kernels about as much as 20 more chunks of this walk.
     walk_tokens, n_seg = segments(2 * B * H * n_blocks, T, opt["L"], q.device, lambda c, n: n + 20 * (c > 1))
+    if n_seg > 1:  # a program of the gradient kernels reads from one segment alone
+        walk_tokens = -(-walk_tokens // seg) * seg
+        n_seg = -(-T // walk_tokens)
     held = q.dtype if opt["dtype"] is tl.bfloat16 else float32
     s, r = q.new_empty(2, B * H, n_chunks, 2 * HP, opt["DV"], dtype=held)
     zs, zr = q.new_empty(2, B * H, n_chunks, 2 * HP, dtype=float32)
@@ -604,7 +609,7 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, zs, s0, zs0, dnum, dden, dq, dwq, dbq, *strides,
                         *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, PREFETCH=PREFETCH,
                          num_stages=1, **opt)
-    empty = lambda: q.new_empty(0, dtype=float32)  # noqa: E731
+    empty = lambda: q.new_empty(0, dtype=float32)
     sums = [empty() if x is None else x.sum(dim=(0, 2)).to(w.dtype)
             for x, w in ((dwq, wq), (dwk, wk), (dbq, bq), (dbk, bk))]
     return [dq, dk, dv, *sums, empty() if dstate is None else dstate]
