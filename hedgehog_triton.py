@@ -21,9 +21,9 @@ Design
     When B H programs cannot fill the GPU, T is cut into segments: their sums first (`states` without writing chunks),
     an exclusive prefix over them, then all segments at once.
 
-Precision: sums and states are float32. Products take bfloat16 operands for bfloat16 inputs; tf32 for float16 (whose
-range is too small for features); three tf32 products, which is float32 to about 1e-6, for float32. S_n and R_n are
-written in the type of the products, which is what they are used in.
+Precision: sums and states are float32. Products take bfloat16 operands for bfloat16 inputs, and for float16 (whose range
+is too small for features) and float32 three tf32 products each, which is float32 to about 1e-6. S_n and R_n are written
+in the type of the products, which is what they are used in.
 
 Bounds: a chunk's work is a chain of small products, reductions and barriers, and registers (255 a thread) allow two
 programs a multiprocessor, so that latency, not traffic or arithmetic, sets the time.
@@ -505,8 +505,7 @@ def options(q, v, has_map, bias):
     """The compile-time part of every launch. HP: half the feature width, which is D where the map is made inside."""
     HP = q.shape[-1] if has_map else q.shape[-1] // 2
     DV = v.shape[-1]
-    dtype, precision = {torch.bfloat16: (tl.bfloat16, "ieee"), torch.float16: (tl.float32, "tf32"),
-                        torch.float32: (tl.float32, "tf32x3")}[v.dtype]
+    dtype, precision = (tl.bfloat16, "ieee") if v.dtype == torch.bfloat16 else (tl.float32, "tf32x3")
     L = 64 if v.dtype == torch.bfloat16 else 32 if HP <= 64 else 16  # what fits into shared memory
     return dict(HP=HP, DV=DV, BV=min(DV, 64), L=L, MAP=has_map, BIAS=bias, dtype=dtype, PREC=precision,
                 num_warps=4 if HP <= 64 else 8)
@@ -649,7 +648,7 @@ torch.library.register_autograd("hedgehog::attention", run_backward, setup_conte
 
 
 # KiB that a program takes on a Hopper GPU, with half the features at most 64, and with more.
-SHARED = {torch.bfloat16: (96, 144), torch.float16: (136, 224), torch.float32: (136, 136)}
+SHARED = {torch.bfloat16: (96, 144), torch.float16: (136, 136), torch.float32: (136, 136)}
 
 
 @torch.compiler.assume_constant_result
@@ -708,15 +707,17 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
     state being (B, H, P, D+1) in float32. Raises ValueError for what does not match, and for what `unsupported` names.
     """
     check_inputs(q, k, v, wq, wk, bq, bk, state)
-    if v.dtype == torch.float32 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
+    if v.dtype != torch.bfloat16 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
         q, k = (phi(x, w, b) for x, w, b in ((q, wq, bq), (k, wk, bk)))
         wq = wk = bq = bk = None
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    # The kernels count within a chunk in 32 bits, from chunk to chunk in 64.
+    q, k, v = (x if x.stride(-1) == 1 and x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
     wq, wk, bq, bk, state = (x if x is None else x.contiguous() for x in (wq, wk, bq, bk, state))
     y, _, state = torch.ops.hedgehog.attention(q, k, v, wq, wk, bq, bk, state, return_state, eps)
     return (y, state) if return_state else y
 
 
 def phi(x, w, b):
-    u = x @ w if b is None else x @ w + b.unsqueeze(-2)
+    u = x.to(w.dtype) @ w
+    u = u if b is None else u + b.unsqueeze(-2)
     return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)
