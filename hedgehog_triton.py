@@ -10,28 +10,35 @@ Design
 
     forward   one program walks along a head, the state S (2D, D) in float32 registers:
               y_n = tril(phi_q phi_k^T) v + phi_q S,    S += phi_k^T v
-    states    the backward pass walks twice, only to write down what each chunk needs of the others:
-              S_n, the sum of phi_k^T v of all chunks before n, and R_n, the sum of phi_q^T dnum of all chunks after n
-    grad_q    then all chunks at once:    dphi_q = dA phi_k + dnum S_n^T + dden z_n^T,   dA = tril(dnum v^T + dden)
-    grad_kv   and once more:              dphi_k = dA^T phi_q + v R_n^T + r_n,   dv = A^T dnum + phi_k R_n
+    states    the backward pass walks twice, in one launch, only to write down what each chunk needs of the others:
+              S_n, the sum of phi_k^T [v, 1] of all chunks before n, and R_n, that of psi_q^T [do, delta] after n
+    grad_kv   then all chunks at once:  dphi_k = dA^T psi_q + [v, 1] R_n^T,  dv = tril(psi_q phi_k^T)^T do + phi_k R_n
+    grad_q    and once more:            dphi_q = (dA phi_k + [do, delta] S_n^T) / den,  dA = tril(do v^T + delta)
 
-    with dnum = do / den and dden = -<do, o> / den, written by the walk that makes R. The map's own backward runs at the
+    with psi_q = phi_q / den and delta = -<do, o>, written by the walk that makes R. The map's own backward runs at the
     end of each chunk. The gradients of W are summed in registers over a few chunks, written once a program and added up
     by PyTorch in a fixed order: no atomics, so two runs agree to the last bit.
-    When B H programs cannot fill the GPU, T is cut into segments: their sums first (`states` without writing chunks),
-    an exclusive prefix over them, then all segments at once.
+    When B H programs cannot fill the GPU, T is cut into segments. The forward pass takes their sums first (`states`
+    without writing chunks), an exclusive prefix over them, then all segments at once. The backward pass writes S_n and
+    R_n as sums within a segment; the prefix is added where they are read.
 
-Precision: sums and states are float32. Products take bfloat16 operands for bfloat16 inputs, and for float16 (whose range
-is too small for features) and float32 three tf32 products each, which is float32 to about 1e-6. S_n and R_n are written
-in the type of the products, which is what they are used in.
+Precision: sums and states are float32. Products take bfloat16 operands for bfloat16 inputs, and for float16 (whose
+range is too small for features) and float32 three tf32 products each, which is float32 to about 1e-6. S_n and R_n are
+written in the type of the products, which is what they are used in.
 
 Bounds: a chunk's work is a chain of small products, reductions and barriers, and registers (255 a thread) allow two
-programs a multiprocessor, so that latency, not traffic or arithmetic, sets the time.
+programs a multiprocessor. On an H100 an instruction is issued in 28 of 100 cycles; what is waited for is memory (a
+third to two fifths of the samples) and the last instruction's result, while DRAM (27 %) and tensor cores idle. A
+spilled register costs more than it looks, since two programs leave little cache beside their shared memory: masks and
+offsets within a chunk in 32 bits made a tenth fewer instructions, a third of the spills, and grad_kv 13 % faster.
 
 Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (more than a quarter
-of its instructions went to spilled registers); a third program a multiprocessor (168 registers spill), 8 warps; the
-second half of the map from a second product, to free registers; the denominator as 16 or 32 extra columns of a
-tensor-core product (came out wrong on an H100 with Triton 3.6, the reason is not known).
+of its instructions went to spilled registers); a third program a multiprocessor (168 registers: 1.4 to 1.8 times as
+long), 8 warps with chunks of 64 or 128; segments at T = 1,024, chained or not, to fill the last wave of programs;
+the second half of the map from a second product, to free registers; one softmax after the other; tiles of grad_kv or
+grad_q through shared memory a chunk ahead (one program a multiprocessor), prefetches in grad_kv and forward; the
+denominator as 16 or 32 extra columns of a tensor-core product (came out wrong on an H100 with Triton 3.6, the reason is
+not known).
 """
 
 import torch
@@ -62,8 +69,7 @@ def store_tile(ptr, start, rows, stride, cols, n, x):
 
 @triton.jit
 def prefetch(ptr, start, rows, stride, width: tl.constexpr, T, PREFETCH: tl.constexpr):
-    """Ask for rows of a matrix to be brought into the L2 cache: a later load waits for a third of the time, and no
-    register is held meanwhile."""
+    """Ask for rows of a matrix to be brought into the L2 cache, where a later load waits less; holds no register."""
     if PREFETCH:
         first = tl.minimum(tl.maximum(start, 0), T - 1)
         last = tl.minimum(T - 1 - first, rows.shape[0]).to(tl.int32)
@@ -72,6 +78,12 @@ def prefetch(ptr, start, rows, stride, width: tl.constexpr, T, PREFETCH: tl.cons
         for line in tl.static_range((width * bits + 1023) // 1024):  # of 128 bytes
             tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at + line * (1024 // bits)],
                                       dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load_reciprocal(den, start, rows, n):
+    """1 / den, and zero in rows that are not there or whose denominator was below eps, which is stored as infinity."""
+    return 1.0 / tl.load(den + start + rows, mask=rows < n, other=float("inf"))
 
 
 @triton.jit
@@ -100,18 +112,19 @@ def softmaxes(raw, w, b, scale, BIAS: tl.constexpr, PREC: tl.constexpr):
         u += b[None, :]
     p = tl.exp2(u * LOG2E - (tl.max(u, axis=1) * LOG2E)[:, None])
     m = tl.exp2((tl.min(u, axis=1) * LOG2E)[:, None] - u * LOG2E)
-    return p * (scale / tl.sum(p, axis=1))[:, None], m * (scale / tl.sum(m, axis=1))[:, None]
+    return p * (scale / tl.sum(p, axis=1, keep_dims=True)), m * (scale / tl.sum(m, axis=1, keep_dims=True))
 
 
 @triton.jit
 def features(raw, x, start, rows, stride, cols, w, b, n, scale, MAP: tl.constexpr, BIAS: tl.constexpr,
              PREC: tl.constexpr):
-    """The halves of phi in float32. `scale` is 0 in rows that are not there. Without MAP, raw is the first half, and
-    the second lies beside it in x."""
+    """The halves of phi in float32, each row times its `scale`, zero for rows that are not there. Without MAP, raw is
+    the first half, and the second lies beside it in x."""
     if MAP:
         p, m = softmaxes(raw, w, b, scale, BIAS, PREC)
     else:
         p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, n, tl.float32)
+        p, m = p * scale, m * scale
     return p, m
 
 
@@ -226,7 +239,7 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
         d = tl.sum(qp * zp[None, :], axis=1) + tl.sum(qm * zm[None, :], axis=1)
         qp, qm = qp.to(dtype), qm.to(dtype)
         inside = (rows < n).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside, MAP, BIAS, PREC)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
         zp += tl.sum(kp, axis=0)
         zm += tl.sum(km, axis=0)
         kp, km = kp.to(dtype), km.to(dtype)
@@ -250,13 +263,13 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
 
 
 @triton.jit
-def walk(x, y, w, bias, o, den, dnum, dden, chunks, z, total, seg, bh, block, n_seg,
+def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
          xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
          HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
          BIAS: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
          PREC: tl.constexpr, PREFETCH: tl.constexpr):
     """Sums of phi(x)^T [y, 1] over a segment, or in the backward pass, from its last token to its first, of
-    phi(x)^T [dnum, dden]: with CHUNKS the sum before each chunk, with TOTAL that of the whole segment."""
+    (phi(x) / den)^T [y, delta] with y = do: with CHUNKS the sum before each chunk, with TOTAL that of the segment."""
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     x, y = x + b * xb + h * xh, y + b * yb + h * yh
     if BACKWARD:
@@ -280,24 +293,21 @@ def walk(x, y, w, bias, o, den, dnum, dden, chunks, z, total, seg, bh, block, n_
         prefetch(y, after, rows, yt, DV, T, PREFETCH)
         if BACKWARD:
             prefetch(o, after, rows, ot, DV, T, PREFETCH)
-            at = bh * T + start + rows
-            r = 1.0 / tl.load(den + at, mask=rows < n, other=1.0)  # where den was below eps it is inf: 0
-            dot = tl.zeros((L,), tl.float32)
+            inside = load_reciprocal(den, bh * T + start, rows, n)
+            delta = tl.zeros((L,), tl.float32)
             for j in tl.static_range(DV // BV):
                 c = j * BV + tl.arange(0, BV)
-                dot += tl.sum(load_tile(o, start, rows, ot, c, n, tl.float32)
-                              * load_tile(y, start, rows, yt, c, n, tl.float32), axis=1)
-            value = (load_tile(y, start, rows, yt, vcols, n, tl.float32) * r[:, None]).to(dtype)
+                delta -= tl.sum(load_tile(o, start, rows, ot, c, n, tl.float32)
+                                * load_tile(y, start, rows, yt, c, n, tl.float32), axis=1)
             if CHUNKS:
-                store_tile(dnum + bh * T * DV, start, rows, DV, vcols, n, value)
                 if block == 0:
-                    tl.store(dden + at, -dot * r, mask=rows < n)
-            p, m = features(raw, x, start, rows, xt, cols, W, B, n, inside, MAP, BIAS, PREC)
-            zp -= tl.sum(p * (dot * r)[:, None], axis=0)
-            zm -= tl.sum(m * (dot * r)[:, None], axis=0)
+                    tl.store(deltas + bh * T + start + rows, delta, mask=rows < n)
+        value = load_tile(y, start, rows, yt, vcols, n, dtype)
+        p, m = features(raw, x, start, rows, xt, cols, W, B, n, inside[:, None], MAP, BIAS, PREC)
+        if BACKWARD:
+            zp += tl.sum(p * delta[:, None], axis=0)
+            zm += tl.sum(m * delta[:, None], axis=0)
         else:
-            value = load_tile(y, start, rows, yt, vcols, n, dtype)
-            p, m = features(raw, x, start, rows, xt, cols, W, B, n, inside, MAP, BIAS, PREC)
             zp += tl.sum(p, axis=0)
             zm += tl.sum(m, axis=0)
         Sp = tl.dot(tl.trans(p.to(dtype)), value, Sp, input_precision=PREC)
@@ -308,7 +318,7 @@ def walk(x, y, w, bias, o, den, dnum, dden, chunks, z, total, seg, bh, block, n_
 
 
 @triton.jit
-def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, dnum, dden, r, zr, tr,
+def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, deltas, r, zr, tr,
                   kb, kh, kt, vb, vh, vt, qb, qh, qt, yb, yh, yt, ob, oh, ot, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                   BIAS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
@@ -317,10 +327,10 @@ def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, dnum, dden, r,
     and R_n, by independent programs of one launch: together they fill the GPU's last wave better than in turns."""
     bh, seg, block, n_seg = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     if BACKWARD and block < DV // BV:  # the longer walk first
-        walk(q, do, wq, bq, o, den, dnum, dden, r, zr, tr, seg, bh, block, n_seg, qb, qh, qt, yb, yh, yt, ob, oh, ot,
+        walk(q, do, wq, bq, o, den, deltas, r, zr, tr, seg, bh, block, n_seg, qb, qh, qt, yb, yh, yt, ob, oh, ot,
              H, T, SEG, HP, DV, BV, L, MAP, BIAS, True, TOTAL, True, dtype, PREC, PREFETCH)
     else:
-        walk(k, v, wk, bk, o, den, dnum, dden, s, zs, ts, seg, bh, block % (DV // BV), n_seg, kb, kh, kt, vb, vh, vt,
+        walk(k, v, wk, bk, o, den, deltas, s, zs, ts, seg, bh, block % (DV // BV), n_seg, kb, kh, kt, vb, vh, vt,
              0, 0, 0, H, T, SEG, HP, DV, BV, L, MAP, BIAS, BACKWARD, TOTAL, False, dtype, PREC, PREFETCH)
 
 
@@ -350,14 +360,15 @@ def prefix_kernel(sums, first, last, states, z, n_seg, HP: tl.constexpr, DV: tl.
 
 
 @triton.jit
-def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, dnum, dden, dq, dw, db,
-                  qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, H, T, SEG, WALK,
+def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw, db,
+                  qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, H, T, SEG, WALK,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                  BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr, PREFETCH: tl.constexpr):
+                  BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr,
+                  PREFETCH: tl.constexpr):
     bh, seg = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
-    dnum, dden, dq = dnum + bh * T * DV, dden + bh * T, dq + b * xb + h * xh
+    do, dq, den, deltas = do + b * gb + h * gh, dq + b * xb + h * xh, den + bh * T, deltas + bh * T
     cols, rows = tl.arange(0, HP), tl.arange(0, L)
     causal = rows[:, None] >= rows[None, :]
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
@@ -370,28 +381,28 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, dnum, dden, dq, dw, db,
         n = tl.minimum(T - start, L).to(tl.int32)
         program = bh * N + chunk
         rawk = load_tile(k, start, rows, kt, cols, n, dtype)
-        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), n, dtype)
+        dy = load_tile(do, start, rows, gt, tl.arange(0, BV), n, dtype)
         x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
         raw = load_tile(q, start, rows, qt, cols, n, dtype)
-        dd = tl.load(dden + start + rows, mask=rows < n, other=0.0)
+        delta = tl.load(deltas + start + rows, mask=rows < n, other=0.0)
         after = start + L
         prefetch(q, after, rows, qt, HP, T, PREFETCH)
         prefetch(k, after, rows, kt, HP, T, PREFETCH)
         prefetch(v, after, rows, vt, DV, T, PREFETCH)
-        prefetch(dnum, after, rows, DV, DV, T, PREFETCH)
+        prefetch(do, after, rows, gt, DV, T, PREFETCH)
         if after < T:
             prefetch(s + (program + 1) * 2 * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
             prefetch(s + (program * 2 + 3) * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
         inside = (rows < n).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside, MAP, BIAS, PREC)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
-        dA = tl.zeros((L, L), tl.float32) + dd[:, None]
-        gp = dd[:, None] * load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
-        gm = dd[:, None] * load_chunk_z(z, z0, program, segment, 1, cols, SEGMENTS)[None, :]
+        dA = tl.zeros((L, L), tl.float32) + delta[:, None]
+        gp = delta[:, None] * load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
+        gm = delta[:, None] * load_chunk_z(z, z0, program, segment, 1, cols, SEGMENTS)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
             if j > 0:
-                dy = load_tile(dnum, start, rows, DV, c, n, dtype)
+                dy = load_tile(do, start, rows, gt, c, n, dtype)
                 x = load_tile(v, start, rows, vt, c, n, dtype)
             dA = tl.dot(dy, tl.trans(x), dA, input_precision=PREC)
             state = load_chunk_state(s, s0, program, segment, 0, cols, c, DV, SEGMENTS)
@@ -399,32 +410,34 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, dnum, dden, dq, dw, db,
             state = load_chunk_state(s, s0, program, segment, 1, cols, c, DV, SEGMENTS)
             gm = tl.dot(dy, tl.trans(state), gm, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
+        r = load_reciprocal(den, start, rows, n)[:, None]
         gp = tl.dot(dA, kp, gp, input_precision=PREC)
         gm = tl.dot(dA, km, gm, input_precision=PREC)
         if MAP:
             p, m = softmaxes(raw, WQ, BQ, 1.0, BIAS, PREC)
-            du = half_gradient(p, gp) - half_gradient(m, gm)
+            du = (half_gradient(p, gp) - half_gradient(m, gm)) * r
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
             store_tile(dq, start, rows, xt, cols, n, tl.dot(du, tl.trans(WQ), input_precision=PREC))
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
-            store_tile(dq, start, rows, xt, cols, n, gp)
-            store_tile(dq + HP, start, rows, xt, cols, n, gm)
+            store_tile(dq, start, rows, xt, cols, n, gp * r)
+            store_tile(dq + HP, start, rows, xt, cols, n, gm * r)
     if MAP:
         store_weight_gradient(dw, db, bh * tl.num_programs(1) + seg, cols, dW, dB, BIAS)
 
 
 @triton.jit
-def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, dnum, dden, dk, dv, dw, db,
-                   qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, yb, yh, yt, H, T, SEG, WALK,
+def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, dv, dw, db,
+                   qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, yb, yh, yt, H, T, SEG, WALK,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                    BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
     bh, seg = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
-    dnum, dden, dk, dv = dnum + bh * T * DV, dden + bh * T, dk + b * xb + h * xh, dv + b * yb + h * yh
+    do, den, deltas = do + b * gb + h * gh, den + bh * T, deltas + bh * T
+    dk, dv = dk + b * xb + h * xh, dv + b * yb + h * yh
     cols, rows = tl.arange(0, HP), tl.arange(0, L)
     causal = rows[:, None] <= rows[None, :]                       # (keys, queries): everything here is transposed
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
@@ -438,21 +451,22 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, dnum, dden, dk, dv, dw
         program = bh * N + chunk
         rawq = load_tile(q, start, rows, qt, cols, n, dtype)
         raw = load_tile(k, start, rows, kt, cols, n, dtype)
-        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), n, dtype)
+        dy = load_tile(do, start, rows, gt, tl.arange(0, BV), n, dtype)
         inside = (rows < n).to(tl.float32)
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, 1.0, MAP, BIAS, PREC)
+        r_q = load_reciprocal(den, start, rows, n)
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, r_q[:, None], MAP, BIAS, PREC)  # phi_q / den
         qp, qm = qp.to(dtype), qm.to(dtype)
-        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, n, inside, MAP, BIAS, PREC)
+        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
         x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
         A = tl.dot(kp, tl.trans(qp), input_precision=PREC)
         A = tl.dot(km, tl.trans(qm), A, input_precision=PREC)
         A = tl.where(causal, A, 0.0).to(dtype)
-        dA = tl.zeros((L, L), tl.float32) + tl.load(dden + start + rows, mask=rows < n, other=0.0)[None, :]
+        dA = tl.zeros((L, L), tl.float32) + tl.load(deltas + start + rows, mask=rows < n, other=0.0)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
             if j > 0:
-                dy = load_tile(dnum, start, rows, DV, c, n, dtype)
+                dy = load_tile(do, start, rows, gt, c, n, dtype)
                 x = load_tile(v, start, rows, vt, c, n, dtype)
             y = tl.dot(A, dy, input_precision=PREC)
             state = load_chunk_state(r, r0, program, segment, 0, cols, c, DV, SEGMENTS)
@@ -523,8 +537,8 @@ def prefix(sums, first, last, states, z, opt, backward):
         HAS_LAST=last is not None, CHUNKS=states is not None, BACKWARD=backward, BLOCK=1024)
 
 
-def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor | None,
-                 bq: torch.Tensor | None, bk: torch.Tensor | None, state: torch.Tensor | None, return_state: bool,
+def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None,
+                      wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None, state: torch.Tensor | None, return_state: bool,
                  eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, den (B, H, T), the state after the last token (B, H, P, D+1), or an empty one)."""
     B, H, T, _ = q.shape
@@ -537,7 +551,7 @@ def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: tor
     if n_seg > 1:
         s0 = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
         states_kernel[(B * H, n_seg, n_blocks)](
-            k, v, wk, bk, None, None, s0, *[None] * 11, *k.stride()[:3], *v.stride()[:3], *[0] * 9, H, T, seg,
+            k, v, wk, bk, None, None, s0, *[None] * 10, *k.stride()[:3], *v.stride()[:3], *[0] * 9, H, T, seg,
             TOTAL=True, BACKWARD=False, PREFETCH=PREFETCH, num_stages=1, **opt)
         prefix(s0, state, None, None, None, opt, backward=False)
     num_stages = 2 if v.dtype == torch.bfloat16 and opt["HP"] <= 64 else 1  # elsewhere shared memory is full with one
@@ -563,7 +577,7 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
                 state: torch.Tensor | None, o: torch.Tensor, den: torch.Tensor) -> list[torch.Tensor]:
     """[dq, dk, dv, dwq, dwk, dbq, dbk, dstate]; those that nothing asked for are empty."""
     B, H, T, _ = q.shape
-    if do.stride(-1) != 1:
+    if do.stride(-1) != 1 or do.stride(2) >= 2**24:
         do = do.contiguous()
     opt = options(q, v, wq is not None, bq is not None)
     HP, float32 = opt["HP"], torch.float32
@@ -577,10 +591,9 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
 
     (dwq, dbq), (dwk, dbk) = parts(wq, bq), parts(wk, bk)
     dq, dk, dv = projections_like(q, k, v)
-    dnum = q.new_empty(B, H, T, v.shape[-1], dtype=v.dtype if opt["dtype"] is tl.bfloat16 else float32)
-    dden = torch.empty_like(den)
+    deltas = torch.empty_like(den)
     dstate = torch.empty_like(state) if state is not None else None
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     n_blocks, n_chunks, size = opt["DV"] // opt["BV"], -(-T // opt["L"]), 2 * HP * (opt["DV"] + 1)
     # Segments cost the gradient kernels about as much as 20 more chunks of this walk.
     walk_tokens, n_seg = segments(2 * B * H * n_blocks, T, opt["L"], q.device, lambda c, n: n + 20 * (c > 1))
@@ -595,7 +608,7 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     if total:
         ts, tr = q.new_empty(2, B * H, n_seg, size, dtype=float32)
     states_kernel[(B * H, n_seg, 2 * n_blocks)](
-        k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, dnum, dden, r, zr, tr, *k.stride()[:3], *v.stride()[:3],
+        k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, deltas, r, zr, tr, *k.stride()[:3], *v.stride()[:3],
         *q.stride()[:3], *do.stride()[:3], *o.stride()[:3], H, T, walk_tokens, TOTAL=total, BACKWARD=True,
         PREFETCH=PREFETCH, num_stages=1, **opt)
     if total:
@@ -603,9 +616,10 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
         zs0, zr0 = q.new_empty(2, B * H, n_seg, 2 * HP, dtype=float32)
         prefix(ts, state, None, s0, zs0, opt, backward=False)
         prefix(tr, ds1, dstate, r0, zr0, opt, backward=True)
-    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, zr, r0, zr0, dnum, dden, dk, dv, dwk, dbk, *strides,
-                         *dk.stride()[:3], *dv.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1, **opt)
-    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, zs, s0, zs0, dnum, dden, dq, dwq, dbq, *strides,
+    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, zr, r0, zr0, do, den, deltas, dk, dv, dwk, dbk, *strides,
+                         *dk.stride()[:3], *dv.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1,
+                         **opt)
+    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, zs, s0, zs0, do, den, deltas, dq, dwq, dbq, *strides,
                         *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, PREFETCH=PREFETCH,
                          num_stages=1, **opt)
     empty = lambda: q.new_empty(0, dtype=float32)

@@ -274,6 +274,58 @@ def measure_decoding(args, common):
     return rows
 
 
+def measure_training(T, args, common):
+    """Tokens/s and peak memory of training GPT-2's 124M size, compiled; the models take turns, a step each.
+
+    Forward, backward and AdamW in bfloat16 autocast on random tokens. Run in a fresh process: what a compiled model
+    keeps would count as memory of the next.
+    """
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device, n_layer, vocab = args.device, args.train_layers, 50304
+    idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
+    steps, rows = {}, []
+    for name in args.train_forms:
+        attention = "softmax" if name == "softmax" else "hedgehog"
+        model = GPT(GPTConfig(T, vocab, n_layer, args.heads, args.heads * args.dim, attention=attention, chunk_size=128,
+                              segment_size=0)).to(device)
+        if name == "chunked":
+            for block in model.transformer.h:
+                block.attn.linear.forward = functools.partial(block.attn.linear.forward, form="chunked")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+
+        def step(compiled=compiled, optimizer=optimizer):
+            with torch.autocast(device, torch.bfloat16):
+                loss = compiled(idx[:, :-1], idx[:, 1:])[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step()  # compiles
+        steps[name] = step
+        weights = sum(p.nbytes for p in model.parameters())
+        rows.append({"form": f"gpt, {name}", "T": T, "pass": "training step", "B": idx.shape[0], "n_layer": n_layer,
+                     "repeats": args.train_steps, **common,
+                     "peak_mib": peak_mib(step, device) + 3 * weights / MIB})  # and AdamW's two moments
+    seconds = {name: [] for name in steps}
+    for _ in range(args.warmup + args.train_steps):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    for row, times in zip(rows, seconds.values()):
+        median = statistics.median(times[args.warmup:])
+        row |= {"ms": 1e3 * median, "tokens_per_second": idx[:, 1:].numel() / median}
+    return rows
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What it says
 
@@ -308,6 +360,12 @@ def findings(rows):
             said.append(f"{form}: {a['ms']:.2f} ms a token and {a['state_bytes_per_layer']:,} bytes a layer at "
                         f"position {a['T']:,}, {b['ms']:.2f} ms, {b['state_bytes_per_layer']:,} bytes at {b['T']:,}: "
                         f"{b['ms'] / a['ms']:.2f}x the time")
+    for form, T in [(f, T) for f, T, n in at if n == "training step" and f != "gpt, softmax"]:
+        a, b = at[form, T, "training step"], at.get(("gpt, softmax", T, "training step"))
+        if b:
+            said.append(f"training at T={T}: {form} {a['tokens_per_second']:,.0f} tokens/s, "
+                        f"{a['tokens_per_second'] / b['tokens_per_second']:.2f}x softmax's "
+                        f"{b['tokens_per_second']:,.0f}, with {a['peak_mib'] / b['peak_mib']:.2f}x the memory")
     return said
 
 
@@ -335,6 +393,10 @@ def parse(argv):
     add("--decode", type=int, nargs="*", default=(100, 1000, 10000), help="positions at which generation is timed")
     add("--decode-tokens", type=int, default=60)
     add("--decode-batch", type=int, default=1)
+    add("--train", type=int, nargs="*", help="lengths at which a GPT is trained (default: 1024 4096 16384 on CUDA)")
+    add("--train-forms", nargs="+", default=("softmax", "fused", "chunked"), choices=("softmax", "fused", "chunked"))
+    add("--train-layers", type=int, default=12)
+    add("--train-steps", type=int, default=15, help="turns of every model")
     add("--out", type=Path, help="default: experiments/results/benchmark-DEVICE.json")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -342,6 +404,7 @@ def parse(argv):
     cpu = args.device == "cpu"
     args.T = args.T or ([2**n for n in range(8, 15 if args.long else 14)] if cpu else [2**n for n in range(9, 17)])
     args.tokens = args.tokens or (1 if cpu else 32768)
+    args.train = ([] if cpu else [1024, 4096, 16384]) if args.train is None else args.train
     args.dtype = "float32" if cpu else "bfloat16"
     args.out = args.out or ROOT / f"experiments/results/benchmark-{args.device}.json"
     return args
@@ -363,6 +426,9 @@ def main(argv=None):
         for T in args.T:
             print(f"T={T} ...", flush=True)
             rows += fresh.apply(measure, (T, args, common)) if fresh else measure(T, args, common)
+        for T in args.train:
+            print(f"training at T={T} ...", flush=True)
+            rows += fresh.apply(measure_training, (T, args, common)) if fresh else measure_training(T, args, common)
     if args.decode:
         rows += measure_decoding(args, common)
     args.out.parent.mkdir(parents=True, exist_ok=True)
