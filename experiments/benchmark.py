@@ -240,7 +240,7 @@ def measure(T, args, common):
 
 
 @torch.no_grad()
-def measure_decoding(args, common):
+def measure_decoding(batch, args, common):
     """Time for one token after a past of p tokens, by a GPT of two layers; all pasts and both attentions take turns.
 
     On CUDA this is the GPU's own time, launches hidden. Softmax gets FlashAttention there: with torch's default backend
@@ -250,14 +250,15 @@ def measure_decoding(args, common):
     sequences, backend = [], [SDPBackend.FLASH_ATTENTION] if args.device == "cuda" else None
     for form, attention in (("hedgehog decode", "hedgehog"), ("softmax decode (kv cache)", "softmax")):
         torch.manual_seed(0)
-        block_size = max(10240, max(args.decode) + args.decode_tokens + args.warmup)
+        pasts = [p for p in args.decode if batch * p <= 2**21]  # more is left out: the prompts alone fill a GPU
+        block_size = max(10240, max(pasts) + args.decode_tokens + args.warmup)
         model = GPT(GPTConfig(block_size, vocab_size=256, n_layer=2, n_head=args.heads, n_embd=args.heads * args.dim,
                               attention=attention)).to(args.device, getattr(torch, args.dtype)).eval()
-        for p in args.decode:
+        for p in pasts:
             cache = model.new_cache()
-            model(torch.randint(256, (args.decode_batch, p), device=args.device), cache=cache)
+            model(torch.randint(256, (batch, p), device=args.device), cache=cache)
             sequences.append((form, p, model, cache, []))
-    token = torch.randint(256, (args.decode_batch, 1), device=args.device)
+    token = torch.randint(256, (batch, 1), device=args.device)
     for i in range(args.warmup + args.decode_tokens):
         for _, _, model, cache, ms in sequences:
             with sdpa_kernel(backend) if backend else contextlib.nullcontext():
@@ -268,7 +269,7 @@ def measure_decoding(args, common):
         used = held if "hedgehog" in form else held * p // model.config.block_size
         rows.append({"form": form, "T": p, "pass": "decode", "ms": statistics.median(ms[args.warmup:]),
                      "state_bytes_per_layer": used, "allocated_bytes_per_layer": held, "n_layer": 2,
-                     "B": args.decode_batch, "repeats": args.decode_tokens, **common})
+                     "B": batch, "repeats": args.decode_tokens, **common})
         if backend and "softmax" in form:
             rows[-1]["backend"] = "flash"
     return rows
@@ -353,13 +354,12 @@ def findings(rows):
         longer, batch = Ts[-1] / Ts[-2], a["B"] / b["B"]
         said.append(f"chunked from T={Ts[-2]} to {Ts[-1]}, {longer:.1f}x the length: {batch * b['ms'] / a['ms']:.2f}x "
                     f"the time a sequence, {batch * b['peak_mib'] / a['peak_mib']:.2f}x the memory")
-    for form in ("hedgehog decode", "softmax decode (kv cache)"):
-        decode = [r for r in rows if r["form"] == form]
-        if decode:
-            a, b = decode[0], decode[-1]
-            said.append(f"{form}: {a['ms']:.2f} ms a token and {a['state_bytes_per_layer']:,} bytes a layer at "
-                        f"position {a['T']:,}, {b['ms']:.2f} ms, {b['state_bytes_per_layer']:,} bytes at {b['T']:,}: "
-                        f"{b['ms'] / a['ms']:.2f}x the time")
+    for form, batch in sorted({(r["form"], r["B"]) for r in rows if r["pass"] == "decode"}):
+        decode = [r for r in rows if (r["form"], r["B"]) == (form, batch)]
+        a, b = decode[0], decode[-1]
+        said.append(f"{form}, batch {batch}: {a['ms']:.2f} ms a token and {a['state_bytes_per_layer']:,} bytes a layer "
+                    f"at position {a['T']:,}, {b['ms']:.2f} ms, {b['state_bytes_per_layer']:,} bytes at {b['T']:,}: "
+                    f"{b['ms'] / a['ms']:.2f}x the time")
     for form, T in [(f, T) for f, T, n in at if n == "training step" and f != "gpt, softmax"]:
         a, b = at[form, T, "training step"], at.get(("gpt, softmax", T, "training step"))
         if b:
@@ -390,9 +390,10 @@ def parse(argv):
     add("--repeats", type=int, default=11, help="turns of every form at T >= 4096; up to 8 times as many below")
     add("--warmup", type=int, default=2)
     add("--limit-mib", type=float, default=512, help="leave a form out where its largest tensor would be larger")
-    add("--decode", type=int, nargs="*", default=(100, 1000, 10000), help="positions at which generation is timed")
+    add("--decode", type=int, nargs="*",
+        help="positions at which generation is timed (default: 100 1000 10000, on CUDA 1000 4000 16000 64000)")
     add("--decode-tokens", type=int, default=60)
-    add("--decode-batch", type=int, default=1)
+    add("--decode-batch", type=int, nargs="+", help="default: 1, on CUDA 1 and 64")
     add("--train", type=int, nargs="*", help="lengths at which a GPT is trained (default: 1024 4096 16384 on CUDA)")
     add("--train-forms", nargs="+", default=("softmax", "fused", "chunked"), choices=("softmax", "fused", "chunked"))
     add("--train-layers", type=int, default=12)
@@ -405,6 +406,8 @@ def parse(argv):
     args.T = args.T or ([2**n for n in range(8, 15 if args.long else 14)] if cpu else [2**n for n in range(9, 17)])
     args.tokens = args.tokens or (1 if cpu else 32768)
     args.train = ([] if cpu else [1024, 4096, 16384]) if args.train is None else args.train
+    args.decode = ([100, 1000, 10000] if cpu else [1000, 4000, 16000, 64000]) if args.decode is None else args.decode
+    args.decode_batch = args.decode_batch or ([1] if cpu else [1, 64])
     args.dtype = "float32" if cpu else "bfloat16"
     args.out = args.out or ROOT / f"experiments/results/benchmark-{args.device}.json"
     return args
@@ -430,7 +433,8 @@ def main(argv=None):
             print(f"training at T={T} ...", flush=True)
             rows += fresh.apply(measure_training, (T, args, common)) if fresh else measure_training(T, args, common)
     if args.decode:
-        rows += measure_decoding(args, common)
+        for batch in args.decode_batch:
+            rows += measure_decoding(batch, args, common)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows), *findings(rows), f"written to {args.out}", sep="\n")
