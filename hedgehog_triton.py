@@ -173,7 +173,7 @@ def load_chunk_state(states, before, program, seg, half, rows, cols, DV: tl.cons
     at = rows[:, None] * DV + cols[None, :]
     x = tl.load(states + (2 * program + half) * rows.shape[0] * DV + at)
     if SEGMENTS:
-        x += tl.load(before + (2 * seg + half) * rows.shape[0] * DV + at)
+        x = (x.to(tl.float32) + tl.load(before + (2 * seg + half) * rows.shape[0] * DV + at)).to(x.dtype)
     return x
 
 
@@ -245,12 +245,12 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
         kp, km = kp.to(dtype), km.to(dtype)
         A = tl.dot(qp, tl.trans(kp), input_precision=PREC)
         A = tl.dot(qm, tl.trans(km), A, input_precision=PREC)
-        A = tl.where(causal, A, 0.0)
-        d += tl.sum(A, axis=1)
+        A = tl.where(causal, A, 0.0).to(dtype)
+        d += tl.sum(A.to(tl.float32), axis=1)  # of the rounded weights, so that they sum to one
         d = tl.where(d < eps, float("inf"), d)  # such a row attends to nothing: zero, with zero gradient
         y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
         y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
-        y = tl.dot(A.to(dtype), x, y, input_precision=PREC)
+        y = tl.dot(A, x, y, input_precision=PREC)
         store_tile(o, start, rows, ot, vcols, n, y * (1.0 / d)[:, None])
         if block == 0:
             tl.store(den + bh * T + start + rows, d, mask=rows < n)
@@ -338,7 +338,7 @@ def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, deltas, r, zr,
 def prefix_kernel(sums, first, last, states, z, n_seg, HP: tl.constexpr, DV: tl.constexpr, HAS_FIRST: tl.constexpr,
                   HAS_LAST: tl.constexpr, CHUNKS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
     """(B H, n_seg, P, DV + 1) sums of the segments -> the sum before each, beginning with `first` or zero: in place, or
-    with CHUNKS in the layout and type of the chunks' states. The sum of all goes to `last`."""
+    with CHUNKS in the layout of the chunks' states. The sum of all goes to `last`."""
     bh, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     size: tl.constexpr = 2 * HP * (DV + 1)
     row, col, inside = at // (DV + 1), at % (DV + 1), at < size
@@ -612,7 +612,8 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
         *q.stride()[:3], *do.stride()[:3], *o.stride()[:3], H, T, walk_tokens, TOTAL=total, BACKWARD=True,
         PREFETCH=PREFETCH, num_stages=1, **opt)
     if total:
-        s0, r0 = q.new_empty(2, B * H, n_seg, 2 * HP, opt["DV"], dtype=held)
+        exact = float32 if state is not None or ds1 is not None else held  # a given state is rounded once, not twice
+        s0, r0 = q.new_empty(2, B * H, n_seg, 2 * HP, opt["DV"], dtype=exact)
         zs0, zr0 = q.new_empty(2, B * H, n_seg, 2 * HP, dtype=float32)
         prefix(ts, state, None, s0, zs0, opt, backward=False)
         prefix(tr, ds1, dstate, r0, zr0, opt, backward=True)
