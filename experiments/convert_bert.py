@@ -24,7 +24,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -40,8 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed
 from data import glue  # noqa: E402
 from hedgehog import FEATURE_MAPS, FeatureMap, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
-    cli, flag, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance,
-    save_json, write_atomically)
+    cli, flag, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance, save_json, write_atomically)
 
 try:
     import transformers
@@ -51,7 +50,8 @@ except ImportError as e:
     missing = e.name
 
 PAPER = {"hedgehog": 99.3, "t2r": 89}  # % of BERT's score recovered, mean over GLUE
-UNDISTILLED = "-undistilled"
+STAGES, UNDISTILLED = ("teacher", "swapped", "distilled", "finetuned"), "-undistilled"
+REFUSED = ("cache", "past_key_values", "encoder_hidden_states", "head_mask", "output_attentions", "cu_seq_lens_q")
 ATTENTIONS = ("softmax", *FEATURE_MAPS, *(kind + UNDISTILLED for kind in ("hedgehog", "hedgehog_exp", "t2r")))
 
 
@@ -125,11 +125,9 @@ class LinearBertAttention(nn.Module):
         self.losses = None  # a list while distilling
 
     def forward(self, x, attention_mask=None, *args, **kwargs):
-        refused = [name for name, value in kwargs.items() if value is not None and value is not False and
-                   name in ("cache", "past_key_values", "past_key_value", "encoder_hidden_states", "head_mask",
-                            "output_attentions", "cu_seq_lens_q")]
+        refused = [name for name in REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
         if refused or any(value is not None and value is not False for value in args):
-            raise ValueError(f"the linear attention of an encoder cannot honour {', '.join(refused) or 'this call'}: "
+            raise ValueError(f"linear attention cannot honour {', '.join(refused) or 'an argument after the mask'}: "
                              "leave it out, or restore(model) first")
         q, k, v = (project(x).unflatten(-1, (-1, self.map_q.head_dim)).transpose(1, 2)
                    for project in (self.query, self.key, self.value))                     # (B, H, T, D)
@@ -137,7 +135,7 @@ class LinearBertAttention(nn.Module):
         if self.losses is not None:  # stage 1: the maps learn, and what is passed on is the teacher's
             q, k = q.detach(), k.detach()
             self.losses.append(torch.stack(imitation_loss(q, k, self.map_q(q, is_query=True), self.map_k(k), keep)))
-            return self.softmax[0](x, attention_mask, *args, **kwargs)
+            return self.softmax[0].train(self.training)(x, attention_mask, **kwargs)
         phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k)                        # (B, H, T, P)
         if keep is not None:
             phi_k = phi_k.masked_fill(~keep[:, None, :, None], 0)
@@ -249,7 +247,29 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, bounds=(1e-37, 1e34)):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows and batches
+# The model, and GLUE as tensors
+
+
+def load_bert(config, task):
+    """(BertForSequenceClassification with a head for the task, its tokenizer). ValueError says what is wrong."""
+    name = config.model
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        if kind != "bert":
+            raise ValueError(f"--model {name} is of the {kind} architecture: only bert is supported")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.BertForSequenceClassification.from_pretrained(
+            name, num_labels=len(glue.TASKS[task].labels) or 1, ignore_mismatched_sizes=True, dtype=torch.float32)
+    except OSError as e:
+        raise ValueError(f"--model {name} cannot be had: give a folder with config.json, model.safetensors and the "
+                         "tokenizer's files, or the name of a BERT on the Hugging Face hub and a network "
+                         f"({str(e).splitlines()[0]})") from None
+    longest = model.config.max_position_embeddings
+    if config.max_length > longest:
+        raise ValueError(f"--max-length {config.max_length}: this model knows {longest} positions, take at most that")
+    return model, tokenizer
 
 
 class Rows(NamedTuple):
@@ -260,81 +280,88 @@ class Rows(NamedTuple):
 
 
 def tokenize(tokenizer, rows, max_length, device):
-    first, *second = zip(*(text for text, _ in rows))
-    encoded = tokenizer(list(first), *map(list, second), truncation=True, max_length=max_length)
-    ids, types = encoded["input_ids"], encoded.get("token_type_ids")
-    lengths = np.array([len(x) for x in ids])
-    padded = torch.zeros(2, len(rows), lengths.max(), dtype=torch.long)
+    sentences = [list(column) for column in zip(*(text for text, _ in rows))]
+    encoded = tokenizer(*sentences, truncation=True, max_length=max_length)
+    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    ids = torch.zeros(2, len(rows), lengths.max(), dtype=torch.long)
     for i, n in enumerate(lengths):
-        padded[0, i, :n] = torch.tensor(ids[i])
-        padded[1, i, :n] = torch.tensor(types[i]) if types else 0
-    labels = torch.tensor([label for _, label in rows])
-    return Rows(*padded.to(device), lengths, labels.to(device))
+        ids[0, i, :n] = torch.tensor(encoded["input_ids"][i])
+        ids[1, i, :n] = torch.tensor(encoded["token_type_ids"][i])
+    return Rows(*ids.to(device), lengths, torch.tensor([label for _, label in rows]).to(device))
 
 
-def load_rows(task, tokenizer, config, device):
-    """{"train": Rows, "held out": ..., and the reported splits}. A tenth of the training rows is held out, 2,000 at
-    most, by a draw that is the same for every seed and attention."""
-    train, reported = glue.find_files(task, config.data)
-    rows = {"train": glue.read_rows(task, train)} | {path.stem: glue.read_rows(task, path) for path in reported}
-    for split, those in rows.items():
-        order = np.random.default_rng(0).permutation(len(those))[:config.limit or None]
-        rows[split] = [those[i] for i in order]
-    n = min(2000, math.ceil(len(rows["train"]) / 10))
-    rows["held out"], rows["train"] = rows["train"][:n], rows["train"][n:]
-    if not rows["train"]:
-        raise ValueError(f"{train} has no row left to train on: raise --limit")
-    return {split: tokenize(tokenizer, those, config.max_length, device) for split, those in rows.items()}
+@cache
+def load_rows(task, model, data, limit, max_length, device):
+    """(training Rows, held-out Rows: a tenth of them, at most 2,000, {name of a reported split: Rows}).
+
+    Which rows are used and which are held out is the same for every seed and attention.
+    """
+    def read(path):
+        rows = glue.read_rows(task, path)
+        return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:limit or None]]
+
+    train, reported = glue.find_files(task, data)
+    tokenizer = load_bert(SimpleNamespace(model=model, max_length=max_length), task)[1]
+    encode, rows = partial(tokenize, tokenizer, max_length=max_length, device=device), read(train)
+    n = min(2000, math.ceil(len(rows) / 10))
+    if n == len(rows):
+        raise ValueError(f"{train}: {n} rows are too few to hold one out: raise --limit")
+    return encode(rows[n:]), encode(rows[:n]), {path.stem: encode(read(path)) for path in reported}
 
 
 def batches(rows, batch_size, generator=None, pool=50):
-    """Yield (inputs of a BERT, labels), rows of about one length together. A generator (of numpy) shuffles them.
+    """Yield (inputs of a BERT, labels) of rows of about the same length, padded on the right.
 
-    With it, `pool` batches at a time are sorted by length, and their order is drawn again.
+    With a generator of numpy they are shuffled: `pool` batches at a time are sorted by length, and drawn in any order.
     """
     N = len(rows.lengths)
     order = np.arange(N) if generator is None else generator.permutation(N)
-    pools = [order] if generator is None else np.split(order, range(pool * batch_size, N, pool * batch_size))
-    parts = []
+    pools, parts = np.split(order, range(pool * batch_size, N, pool * batch_size)), []
     for those in pools:
         those = those[np.argsort(rows.lengths[those], kind="stable")]
         parts += np.split(those, range(batch_size, len(those), batch_size))
-    for part in parts if generator is None else [parts[i] for i in generator.permutation(len(parts))]:
-        T = min(rows.ids.shape[1], -(-int(rows.lengths[part].max()) // 8) * 8)
-        index = torch.from_numpy(part).to(rows.ids.device)
-        lengths = torch.from_numpy(rows.lengths[part]).to(rows.ids.device)
+    for i in range(len(parts)) if generator is None else generator.permutation(len(parts)):
+        T = min(rows.ids.shape[1], math.ceil(rows.lengths[parts[i]].max() / 8) * 8)
+        index = torch.from_numpy(parts[i]).to(rows.ids.device)
+        lengths = torch.from_numpy(rows.lengths[parts[i]]).to(rows.ids.device)
         mask = (torch.arange(T, device=rows.ids.device) < lengths[:, None]).long()
-        yield dict(input_ids=rows.ids[index, :T], token_type_ids=rows.types[index, :T], attention_mask=mask), \
-            rows.labels[index]
+        inputs = dict(input_ids=rows.ids[index, :T], token_type_ids=rows.types[index, :T], attention_mask=mask)
+        yield inputs, rows.labels[index]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The stages
+# The stages. `run` is what they share: task, seed, rows, device, progress bar and more of one conversion.
 
 
 @torch.no_grad()
-def evaluate(model, rows, task, config, autocast):
-    """The task's measures over all rows, the score among them."""
+def evaluate(model, rows, run):
+    """{"score": ..., and the task's other measures} over all rows."""
     was_training, logits, labels = model.training, [], []
     model.eval()
-    with autocast:
-        for inputs, those in batches(rows, 4 * config.batch_size):
+    for inputs, those in batches(rows, 4 * run.config.batch_size):
+        with run.autocast:
             logits.append(model(**inputs).logits.float())
-            labels.append(those)
+        labels.append(those)
     model.train(was_training)
     logits, labels = torch.cat(logits).cpu().numpy(), torch.cat(labels).cpu().numpy()
-    return glue.measure(task, logits.argmax(-1) if glue.TASKS[task].labels else logits[:, 0], labels)
+    return glue.measure(run.task, logits.argmax(-1) if logits.shape[1] > 1 else logits[:, 0], labels)
 
 
-def report(model, rows, task, config, autocast):
-    """`evaluate` on the reported split; on MNLI's two, matched and mismatched, the mean is the score."""
-    splits = [split for split in rows if split not in ("train", "held out")]
-    found = {split: evaluate(model, rows[split], task, config, autocast) for split in splits}
-    if len(splits) == 1:
-        return found[splits[0]]
-    return dict(score=float(np.mean([found[split]["score"] for split in splits])),
-                **{f"{name}_{split.removeprefix('dev_')}": value for split in splits
-                   for name, value in found[split].items() if name != "score"})
+def report(model, run):
+    """`evaluate` on the reported split; MNLI has two, matched and mismatched, and the score is their mean."""
+    found = {split: evaluate(model, rows, run) for split, rows in run.reported.items()}
+    score = float(np.mean([measures["score"] for measures in found.values()]))
+    return dict(score=score, **{name + split.removeprefix("dev") * (len(found) > 1): value
+                                for split, measures in found.items() for name, value in measures.items()
+                                if name != "score"})
+
+
+def guess(run):
+    """The score of giving the most frequent answer of the training rows (of a number: their mean) to every row."""
+    answers, reported = run.train.labels, [rows.labels.cpu().numpy() for rows in run.reported.values()]
+    answer = answers.mean() if answers.is_floating_point() else answers.mode().values
+    scores = [glue.measure(run.task, np.full_like(labels, answer.item()), labels)["score"] for labels in reported]
+    return float(np.mean(scores))
 
 
 def task_loss(model, inputs, labels):
@@ -342,7 +369,7 @@ def task_loss(model, inputs, labels):
     return F.mse_loss(logits[:, 0], labels) if logits.shape[1] == 1 else F.cross_entropy(logits, labels)
 
 
-def imitate(model, inputs, labels=None):
+def imitate(model, inputs):
     """[cross-entropy, entropy], means over the layers, while the model computes what its softmax teacher computes.
 
     The two share all but the maps, so the teacher is `model` with softmax's output passed on, and what a layer reads
@@ -360,205 +387,167 @@ def imitate(model, inputs, labels=None):
 
 
 @torch.no_grad()
-def faithfulness(model, rows, config, autocast):
-    """{cross_entropy, entropy, kl} in nats on all rows, means over words, heads and layers."""
+def faithfulness(model, rows, run):
+    """{"cross_entropy": ..., "entropy": ..., "kl": ...} in nats over all rows, means over words, heads and layers."""
     total, n_words = 0, 0
-    with autocast:
-        for inputs, _ in batches(rows, config.batch_size):
-            n = inputs["attention_mask"].sum().double().cpu()
-            total, n_words = total + imitate(model, inputs).double().cpu() * n, n_words + n
+    for inputs, _ in batches(rows, run.config.batch_size):
+        n = inputs["attention_mask"].sum().item()
+        with run.autocast:
+            total, n_words = total + n * imitate(model, inputs).cpu().double(), n_words + n
     cross_entropy, entropy = (total / n_words).tolist()
     return dict(cross_entropy=cross_entropy, entropy=entropy, kl=cross_entropy - entropy)
 
 
-def fit(model, rows, loss, value, groups, stage, config, autocast, device, seed, bar):
-    """Epochs of AdamW on what requires a gradient; the weights of the epoch with the best value() survive.
+def fit(model, run, name, loss, value, groups, weight_decay, map_lr_scale):
+    """AdamW for the epochs and at the rate of stage `name`; the weights with the best value() are kept, in place.
 
-    groups: lists of parameters whose gradients are clipped together. Returns {"epoch": the best, "value": its value}.
+    groups: lists of parameters whose gradient is clipped together. Returns the best epoch and its value.
     """
-    n_steps = math.ceil(len(rows.lengths) / config.batch_size)
-    schedule = SimpleNamespace(lr=stage.lr, steps=stage.epochs * n_steps, beta2=0.999, map_lr_scale=stage.map_lr_scale,
-                               weight_decay=stage.weight_decay,
-                               warmup=round(config.warmup * stage.epochs * n_steps))
-    learns, generator = [p for group in groups for p in group], np.random.default_rng(seed)
-    optimizer, step, best, latest = make_optimizer(model, schedule, device), 0, None, torch.zeros(())
-    bar.reset(total=schedule.steps)
-    for epoch in range(stage.epochs + 1):
-        now = value()
-        if not math.isfinite(now) or not math.isfinite(latest):
-            raise ValueError(f"the loss of {bar.desc} is not finite after {epoch} epochs: lower {stage.flag}")
-        if best is None or now > best["value"]:
-            best, kept = dict(epoch=epoch, value=now), [p.detach().clone() for p in learns]
-        bar.set_postfix(held_out=f"{now:.3f}", best=f"{best['value']:.3f} in epoch {best['epoch']}")
-        if epoch == stage.epochs or epoch - best["epoch"] >= config.patience:
+    epochs, config, rows = getattr(run.config, name + "epochs"), run.config, run.train
+    n_steps = epochs * math.ceil(len(rows.lengths) / config.batch_size)
+    schedule = SimpleNamespace(lr=getattr(config, name + "lr"), steps=n_steps, warmup=round(config.warmup * n_steps),
+                               beta2=0.999, weight_decay=weight_decay, map_lr_scale=map_lr_scale)
+    optimizer, generator = make_optimizer(model, schedule, run.device), np.random.default_rng(run.seed)
+    step, best, now = 0, -math.inf, torch.zeros(())
+    run.bar.reset(total=n_steps)
+    for epoch in range(epochs + 1):
+        latest = value()
+        if not math.isfinite(latest) or not math.isfinite(now):
+            raise ValueError(f"the loss of {run.name} is not finite after epoch {epoch}: lower {flag(name + 'lr')}")
+        if latest > best:
+            best, best_epoch, kept = latest, epoch, [p.detach().clone() for group in groups for p in group]
+        run.bar.set_postfix(held_out=f"{latest:.3f}", best=f"{best:.3f} after epoch {best_epoch}")
+        if epoch == epochs or epoch - best_epoch == config.patience:
             break
         for inputs, labels in batches(rows, config.batch_size, generator):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, schedule) * group["lr_scale"]
-            with autocast:
-                latest = loss(model, inputs, labels)
-            latest.backward()
+            with run.autocast:
+                now = loss(model, inputs, labels)
+            now.backward()
             for group in groups:
                 torch.nn.utils.clip_grad_norm_(group, config.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            bar.update()
-        latest = latest.detach()
+            run.bar.update()
+        now = now.detach()
     with torch.no_grad():
-        for p, saved in zip(learns, kept):
+        for p, saved in zip((p for group in groups for p in group), kept):
             p.copy_(saved)
-    return best
+    return best_epoch, best
 
 
-def distill(model, rows, config, autocast, device, seed, bar):
-    """Stage 1, in place. Only the maps learn. Returns the faithfulness on the held-out rows."""
+def distill(model, run):
+    """Stage 1, in place: the maps alone learn. Returns the best epoch and how faithful they are on held-out rows."""
     model.eval().requires_grad_(False)                                                    # no dropout in the teacher
     for p in maps_of(model).values():
         p.requires_grad_(True)
-    layers = [[p for p in m.parameters() if p.requires_grad] for m in model.modules()  # each a problem of its own
-              if isinstance(m, LinearBertAttention)]
-    stage = SimpleNamespace(lr=config.distill_lr, epochs=config.distill_epochs, map_lr_scale=1.0, weight_decay=0.0,
-                            flag="--distill-lr")
-    best = fit(model, rows["train"], lambda *batch: imitate(*batch)[0],
-               lambda: -faithfulness(model, rows["held out"], config, autocast)["kl"], layers, stage, config, autocast,
-               device, seed, bar)
+    layers = [[p for p in m.parameters() if p.requires_grad]  # problems of their own: a wild one must not slow others
+              for m in model.modules() if isinstance(m, LinearBertAttention)]
+    epoch, _ = fit(model, run, "distill_", lambda model, inputs, labels: imitate(model, inputs)[0],
+                   lambda: -faithfulness(model, run.held_out, run)["kl"], layers, 0.0, 1.0)
     model.requires_grad_(True)
-    return dict(distill_epoch=best["epoch"], **faithfulness(model, rows["held out"], config, autocast))
+    return dict(epoch=epoch, **faithfulness(model, run.held_out, run))
 
 
-def finetune(model, rows, task, config, autocast, device, seed, bar, teacher=False):
-    """Stage 0 or 2, in place: all weights, on the task's own loss. Returns {"epoch": ..., "held_out": ...}."""
-    names = ("teacher_epochs", "teacher_lr") if teacher else ("epochs", "lr")
-    stage = SimpleNamespace(epochs=getattr(config, names[0]), lr=getattr(config, names[1]), flag=flag(names[1]),
-                            map_lr_scale=config.map_lr_scale, weight_decay=config.weight_decay)
-    torch.manual_seed(seed)                                                               # of dropout
-    best = fit(model.train(), rows["train"], task_loss,
-               lambda: evaluate(model, rows["held out"], task, config, autocast)["score"], [list(model.parameters())],
-               stage, config, autocast, device, seed, bar)
+def finetune(model, run, name=""):
+    """Stage 2, or with "teacher_" stage 0, in place: all weights learn, from the task's own loss."""
+    torch.manual_seed(run.seed)                                                           # of dropout
+    epoch, value = fit(model.train(), run, name, task_loss, lambda: evaluate(model, run.held_out, run)["score"],
+                       [list(model.parameters())], run.config.weight_decay, run.config.map_lr_scale)
     model.eval()
-    return dict(epoch=best["epoch"], held_out=best["value"])
+    return dict(epoch=epoch, held_out=value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One conversion, and the table of all
-
-
-def load_bert(config, task):
-    """(BertForSequenceClassification with a head for the task, its tokenizer). ValueError says what is wrong."""
-    name, about = config.model, glue.TASKS[task]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
-        if kind != "bert":
-            raise ValueError(f"--model {name} is of the {kind} architecture: only bert is supported")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.BertForSequenceClassification.from_pretrained(
-            name, num_labels=len(about.labels) or 1, ignore_mismatched_sizes=True, dtype=torch.float32)
-    except OSError as e:
-        raise ValueError(f"--model {name} cannot be had: give a folder with config.json, model.safetensors and the "
-                         "tokenizer's files, or the name of a BERT on the Hugging Face hub and a network "
-                         f"({str(e).splitlines()[0]})") from None
-    longest = model.config.max_position_embeddings
-    if config.max_length > longest:
-        raise ValueError(f"--max-length {config.max_length}: this model knows {longest} positions, take at most that")
-    return model, tokenizer
-
-
-@lru_cache(maxsize=2)
-def prepared(task, model, data, limit, max_length, device):
-    """The rows of a task, tokenized once in a process."""
-    config = SimpleNamespace(model=model, data=data, limit=limit, max_length=max_length)
-    return load_rows(task, load_bert(config, task)[1], config, device)
-
-
-def setting(config):
-    """What a row of the results depends on, in the form it has in the JSON."""
-    left_out = ("task", "attentions", "seeds", "data", "device", "dtype", "workers", "teachers", "out")
-    chosen = {k: v for k, v in asdict(config).items() if k not in left_out}
-    return chosen | dict(model=Path(config.model).name if Path(config.model).exists() else config.model)
+# Conversions, each a job for a process, and the table
 
 
 def start(job, config):
-    """(rows, model with a head drawn by the seed, device, autocast, bar) of one conversion."""
-    task, seed = job[0], job[-1]
+    """(model with a head that the seed draws, what its stages share) for a job (task, attention, seed)."""
+    task, attention, seed = job
     device, dtype, _ = pick_device(config.device, config.dtype)
     if config.workers > 1:
         torch.set_num_threads(max(1, os.cpu_count() // config.workers))
-    rows = prepared(task, config.model, config.data, config.limit, config.max_length, device)
+    train, held_out, reported = load_rows(task, config.model, config.data, config.limit, config.max_length, device)
     torch.manual_seed(seed)
-    model = load_bert(config, task)[0].to(device)
-    bar = tqdm(desc=" ".join(map(str, job)), unit="step", leave=False, disable=True if config.workers > 1 else None)
-    return rows, model, device, torch.autocast(device.type, dtype) if dtype else nullcontext(), bar
+    model, name = load_bert(config, task)[0].to(device), f"{task} {attention}, seed {seed}"
+    return model, SimpleNamespace(
+        task=task, seed=seed, config=config, train=train, held_out=held_out, reported=reported, device=device,
+        name=name, began=time.perf_counter(),
+        autocast=torch.autocast(device.type, dtype) if dtype else nullcontext(),
+        bar=tqdm(desc=name, unit="step", leave=False, disable=True if config.workers > 1 else None))
 
 
-def teacher_path(job, config):
+def setting(config):
+    """What the numbers depend on, in the form that it has in a row of the results."""
+    left_out = ("task", "attentions", "seeds", "data", "device", "dtype", "workers", "teachers", "out")
+    chosen = {k: v for k, v in asdict(config).items() if k not in left_out}
+    return chosen | dict(model=Path(config.model).resolve().name if Path(config.model).exists() else config.model)
+
+
+def teacher_path(task, seed, config):
     """One file for each task, seed and setting of stage 0."""
-    chosen = {k: v for k, v in setting(config).items()
-              if not k.startswith("distill") and k not in ("epochs", "lr", "map_lr_scale")}
-    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(config.teachers) / f"{'-'.join(map(str, job))}-{digest}.pt"
+    later = [k for k in setting(config) if k.startswith("distill")] + ["epochs", "lr", "map_lr_scale"]
+    chosen = json.dumps({k: v for k, v in setting(config).items() if k not in later}, sort_keys=True)
+    return Path(config.teachers) / f"{task}-{seed}-{hashlib.sha256(chosen.encode()).hexdigest()[:12]}.pt"
 
 
 def teach(job, config):
-    """Stage 0 of (task, seed): finetune softmax and keep it in --teachers, unless it is there."""
-    path = teacher_path(job, config)
-    if path.exists():
-        return
-    began = time.perf_counter()
-    rows, model, device, autocast, bar = start(job, config)
-    about = finetune(model, rows, job[0], config, autocast, device, job[1], bar, teacher=True)
-    about |= report(model, rows, job[0], config, autocast) | dict(seconds=time.perf_counter() - began)
-    bar.close()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda f: torch.save(dict(model=model.state_dict(), about=about), f))
+    """Stage 0: finetune softmax for (task, seed), and keep it in --teachers."""
+    task, seed = job
+    path = teacher_path(task, seed, config)
+    if not path.exists():
+        model, run = start((task, "softmax", seed), config)
+        finetune(model, run, "teacher_")
+        run.bar.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = dict(model=model.state_dict(), report=report(model, run))
+        write_atomically(path, lambda f: torch.save(kept, f))
 
 
-def run(job, config):
-    """Stages 1 and 2 of (task, attention, seed), from the saved teacher. -> its part of the results."""
+def convert(job, config):
+    """Stages 1 and 2 for (task, attention, seed), from the teacher. -> (job, what is to be told of it)."""
     task, attention, seed = job
-    began = time.perf_counter()
-    rows, model, device, autocast, bar = start(job, config)
-    teacher = torch.load(teacher_path((task, seed), config), map_location=device, weights_only=True)
+    model, run = start(job, config)
+    teacher = torch.load(teacher_path(task, seed, config), map_location=run.device, weights_only=True)
     model.load_state_dict(teacher["model"])
-    stages, about = {"teacher": teacher["about"]["score"]}, dict(seed=seed, teacher=teacher["about"])
+    stages, about = {"teacher": teacher["report"]}, dict(seed=seed)
     if attention != "softmax":
-        torch.manual_seed(seed)  # performer draws its features
         swap(model, attention.removesuffix(UNDISTILLED))
-        stages["swapped"] = report(model, rows, task, config, autocast)["score"]
+        stages["swapped"] = report(model, run)
         if maps_of(model) and config.distill_epochs and not attention.endswith(UNDISTILLED):
-            about |= distill(model, rows, config, autocast, device, seed, bar)
-            stages["distilled"] = report(model, rows, task, config, autocast)["score"]
-    about |= finetune(model, rows, task, config, autocast, device, seed, bar)
-    found = report(model, rows, task, config, autocast)
-    bar.close()
-    stages["finetuned"] = found["score"]
-    return dict(task=task, attention=attention, **about, metrics=found, stages=stages,
-                seconds=time.perf_counter() - began)
+            about["distillation"] = distill(model, run)
+            stages["distilled"] = report(model, run)
+    about |= finetune(model, run)
+    stages["finetuned"] = report(model, run)
+    run.bar.close()
+    return job, dict(about, stages=stages, guess=guess(run), seconds=time.perf_counter() - run.began)
 
 
 def summarize(task, attention, runs, about):
-    """The row of the results for all seeds of one attention on one task.
+    """The row of the results for all runs of one attention on one task.
 
-    Softmax has two candidates, finetuned once and finetuned twice, and is given the better mean of the two.
+    Softmax was finetuned once, as the teacher, and a second time as long as the others: the better mean counts.
     """
     runs = sorted(runs, key=lambda r: r["seed"])
-    mean_of = {stage: float(np.mean([r["stages"][stage] for r in runs])) for stage in runs[0]["stages"]}
-    counts = ("teacher", "finetuned") if attention == "softmax" else ("finetuned",)
-    stage = max(counts, key=mean_of.get)
-    scores = [r["stages"][stage] for r in runs]
-    return dict(task=task, attention=attention, score=mean_of[stage], std=float(np.std(scores, ddof=len(runs) > 1)),
-                seeds=[r["seed"] for r in runs], scores=scores, stage=stage, stages=mean_of,
-                seconds=sum(r["seconds"] for r in runs), runs=runs, **about)
+    means = {stage: {k: float(np.mean([r["stages"][stage][k] for r in runs])) for k in measures}
+             for stage, measures in runs[0]["stages"].items()}
+    stage = max(("teacher", "finetuned") if attention == "softmax" else ("finetuned",), key=lambda s: means[s]["score"])
+    scores = [r["stages"][stage]["score"] for r in runs]
+    return dict(task=task, attention=attention, std=float(np.std(scores, ddof=1)) if len(runs) > 1 else None,
+                seeds=len(runs), scores=scores, **means[stage], stage=stage, stages=means, guess=runs[0]["guess"],
+                seconds=sum(r["seconds"] for r in runs), **about, runs=runs)
 
 
 def add_recovered(rows):
-    """`recovered` in each row: percent of softmax's score on the same task, and the spread of the seeds around it."""
+    """"recovered" and its spread over the seeds, in percent of softmax's score on the task."""
     softmax = {row["task"]: row["score"] for row in rows if row["attention"] == "softmax"}
     for row in rows:
-        best = softmax.get(row["task"], 0)
-        row["recovered"], row["recovered_std"] = ((100 * row[k] / best if best > 0 else None) for k in ("score", "std"))
+        whole = softmax.get(row["task"], 0)
+        for name, value in (("recovered", row["score"]), ("recovered_std", row["std"])):
+            row[name] = 100 * value / whole if whole > 0 and value is not None else None
 
 
 def load_results(path, tasks, about):
@@ -580,21 +569,23 @@ def load_results(path, tasks, about):
 
 
 def table(rows):
-    """One line for each task and attention, and the mean over the tasks that have all seeds' scores of it."""
-    form = "{:6}{:22}{:>16}{:>18}{:>9}{:>11}{:>11}{:>8}{:>10}".format
-    lines = [form("task", "attention", "score", "recovered, %", "swapped", "distilled", "finetuned", "seeds", "s")]
+    """One line for each task and attention, and the mean over tasks of what each attention recovered."""
+    def show(value, spread=None, scale=1):
+        return "-" if value is None else f"{scale * value:.1f}" + (f" ± {scale * spread:.1f}" if spread else "")
+
+    form = "{:6}{:22}{:>14}{:>16}{:>9}{:>9}{:>11}{:>11}{:>7}{:>7}".format
+    lines = [form("task", "attention", "score", "recovered, %", *STAGES, "seeds", "s")]
     for row in rows:
-        stages = [f"{100 * row['stages'][s]:.1f}" if s in row["stages"] else "-"
-                  for s in ("swapped", "distilled", "finetuned")]
-        recovered = "-" if row["recovered"] is None else f"{row['recovered']:.1f} ± {row['recovered_std']:.1f}"
-        score = f"{100 * row['score']:.1f} ± {100 * row['std']:.1f}"
-        lines.append(form(row["task"], row["attention"], score, recovered, *stages, len(row["seeds"]), f"{row['seconds']:.0f}"))
+        stages = (show(row["stages"].get(stage, {}).get("score"), scale=100) for stage in STAGES)
+        lines.append(form(row["task"], row["attention"], show(row["score"], row["std"], 100),
+                          show(row["recovered"], row["recovered_std"]), *stages, row["seeds"], f"{row['seconds']:.0f}"))
+    for task, guess in {row["task"]: row["guess"] for row in rows}.items():
+        lines.append(f"{task}: {' and '.join(glue.TASKS[task].metrics)}; the same answer to all gets {100 * guess:.1f}")
     for attention in dict.fromkeys(row["attention"] for row in rows):
         those = [row["recovered"] for row in rows if row["attention"] == attention and row["recovered"] is not None]
-        paper = f", the paper's over GLUE {PAPER[attention]}" if attention in PAPER else ""
         if those and attention != "softmax":
-            lines.append(f"{attention}: {np.mean(those):.1f} % of softmax recovered, mean of {len(those)} task"
-                         f"{'s' * (len(those) > 1)}{paper}")
+            paper = f"; the paper's, over GLUE: {PAPER[attention]}" if attention in PAPER else ""
+            lines.append(f"{attention}: {np.mean(those):.1f} % of softmax recovered, mean of {len(those)}{paper}")
     return "\n".join(lines)
 
 
@@ -604,9 +595,9 @@ def main(config):
     device, _, why = pick_device(config.device, config.dtype)
     out, about = Path(config.out), setting(config)
     rows = load_results(out, config.task, about)
-    for task in config.task:  # what is wrong is better told now than in a worker
-        glue.find_files(task, config.data)
+    for task in config.task:  # what is wrong is better told now than by a worker
         load_bert(config, task)
+        glue.find_files(task, config.data)
     tqdm.write(f"{about['model']} on {why}")
     runs = {(row["task"], row["attention"], r["seed"]): r for row in rows for r in row["runs"]}
     jobs = [job for job in itertools.product(config.task, config.attentions, config.seeds) if job not in runs]
@@ -618,16 +609,16 @@ def main(config):
         every = pool.imap_unordered if pool else map
         taught = every(partial(teach, config=config), teachers)
         list(tqdm(taught, total=len(teachers), unit="teacher", disable=None))
-        for r in tqdm(every(partial(run, config=config), jobs), total=len(jobs), unit="run", disable=None):
-            task, attention = r.pop("task"), r.pop("attention")
-            runs[task, attention, r["seed"]] = r
+        done = every(partial(convert, config=config), jobs)
+        for (task, attention, seed), r in tqdm(done, total=len(jobs), unit="run", disable=None):
+            runs[task, attention, seed] = r
             row = summarize(task, attention, [r for key, r in runs.items() if key[:2] == (task, attention)], about)
             rows = [row for row in rows if (row["task"], row["attention"]) != (task, attention)] + [row]
             rows.sort(key=lambda row: (list(glue.TASKS).index(row["task"]), ATTENTIONS.index(row["attention"])))
             add_recovered(rows)
             save_json(out, rows)                                                          # a stopped run keeps its rows
-            tqdm.write(f"{task} {attention}, seed {r['seed']}: " + ", ".join(
-                f"{stage} {100 * score:.1f}" for stage, score in r["stages"].items()) + f" ({r['seconds']:.0f} s)")
+            stages = ", ".join(f"{stage} {100 * found['score']:.1f}" for stage, found in r["stages"].items())
+            tqdm.write(f"{task} {attention}, seed {seed}: {stages} ({r['seconds']:.0f} s)")
     print(table(rows))
 
 
