@@ -242,7 +242,7 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, bounds=(1e-37, 1e34)):
         p = log_p.exp().masked_fill(padding, 0)
         a = (phi_q @ phi_k.mT).clamp(*bounds)
         log_a_sum = a.masked_fill(padding, 0).sum(-1, keepdim=True).clamp(min=bounds[0]).log()
-        weight = keep[:, None] / (keep.sum() * q.shape[1])                                # (B, 1, T), of a query
+        weight = keep[:, None].to(s.dtype) / (keep.sum() * q.shape[1])                    # (B, 1, T), of a query
         return (((p * (log_a_sum - a.log())).sum(-1) * weight).sum(), (-(p * log_p).sum(-1) * weight).sum())
 
 
