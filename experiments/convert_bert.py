@@ -261,7 +261,7 @@ def load_bert(config, task):
             raise ValueError(f"--model {name} is of the {kind} architecture: only bert is supported")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.BertForSequenceClassification.from_pretrained(
-            name, num_labels=len(glue.TASKS[task].labels) or 1, ignore_mismatched_sizes=True, dtype=torch.float32)
+            name, num_labels=len(glue.TASKS[task].labels) or 1, ignore_mismatched_sizes=True).float()
     except OSError as e:
         raise ValueError(f"--model {name} cannot be had: give a folder with config.json, model.safetensors and the "
                          "tokenizer's files, or the name of a BERT on the Hugging Face hub and a network "
