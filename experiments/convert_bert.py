@@ -500,10 +500,9 @@ def teach(job, config):
     path = teacher_path(task, seed, config)
     if not path.exists():
         model, run = start((task, "softmax", seed), config)
-        finetune(model, run, "teacher_")
+        kept = dict(about=finetune(model, run, "teacher_"), model=model.state_dict(), report=report(model, run))
         run.bar.close()
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = dict(model=model.state_dict(), report=report(model, run))
         write_atomically(path, lambda f: torch.save(kept, f))
 
 
@@ -513,7 +512,7 @@ def convert(job, config):
     model, run = start(job, config)
     teacher = torch.load(teacher_path(task, seed, config), map_location=run.device, weights_only=True)
     model.load_state_dict(teacher["model"])
-    stages, about = {"teacher": teacher["report"]}, dict(seed=seed)
+    stages, about = {"teacher": teacher["report"]}, dict(seed=seed, teacher=teacher["about"])
     if attention != "softmax":
         swap(model, attention.removesuffix(UNDISTILLED))
         stages["swapped"] = report(model, run)
@@ -536,8 +535,9 @@ def summarize(task, attention, runs, about):
              for stage, measures in runs[0]["stages"].items()}
     stage = max(("teacher", "finetuned") if attention == "softmax" else ("finetuned",), key=lambda s: means[s]["score"])
     scores = [r["stages"][stage]["score"] for r in runs]
-    return dict(task=task, attention=attention, std=float(np.std(scores, ddof=1)) if len(runs) > 1 else None,
-                seeds=len(runs), scores=scores, **means[stage], stage=stage, stages=means, guess=runs[0]["guess"],
+    return dict(task=task, attention=attention, **means[stage], seeds=len(runs), scores=scores,
+                std=float(np.std(scores, ddof=1)) if len(runs) > 1 else None, stage=stage, stages=means,
+                held_out=float(np.mean([r["held_out"] for r in runs])), guess=runs[0]["guess"],
                 seconds=sum(r["seconds"] for r in runs), **about, runs=runs)
 
 
@@ -569,16 +569,20 @@ def load_results(path, tasks, about):
 
 
 def table(rows):
-    """One line for each task and attention, and the mean over tasks of what each attention recovered."""
+    """One line for each task and attention, and the mean over tasks of what each attention recovered.
+
+    "held out" is the score by which epochs were chosen, and by which rates should be.
+    """
     def show(value, spread=None, scale=1):
         return "-" if value is None else f"{scale * value:.1f}" + (f" ± {scale * spread:.1f}" if spread else "")
 
-    form = "{:6}{:22}{:>14}{:>16}{:>9}{:>9}{:>11}{:>11}{:>7}{:>7}".format
-    lines = [form("task", "attention", "score", "recovered, %", *STAGES, "seeds", "s")]
+    form = "{:6}{:22}{:>14}{:>16}{:>9}{:>9}{:>11}{:>11}{:>10}{:>7}{:>7}".format
+    lines = [form("task", "attention", "score", "recovered, %", *STAGES, "held out", "seeds", "s")]
     for row in rows:
         stages = (show(row["stages"].get(stage, {}).get("score"), scale=100) for stage in STAGES)
         lines.append(form(row["task"], row["attention"], show(row["score"], row["std"], 100),
-                          show(row["recovered"], row["recovered_std"]), *stages, row["seeds"], f"{row['seconds']:.0f}"))
+                          show(row["recovered"], row["recovered_std"]), *stages, show(100 * row["held_out"]),
+                          row["seeds"], f"{row['seconds']:.0f}"))
     for task, guess in {row["task"]: row["guess"] for row in rows}.items():
         lines.append(f"{task}: {' and '.join(glue.TASKS[task].metrics)}; the same answer to all gets {100 * guess:.1f}")
     for attention in dict.fromkeys(row["attention"] for row in rows):

@@ -263,6 +263,13 @@ def test_no_features_get_below_the_entropy(scale):
         assert loss.isfinite() and loss >= entropy - 1e-6
 
 
+def test_the_size_of_the_features_does_not_matter_to_the_loss():
+    q, k = random_heads()
+    losses = [imitation_loss(q, k, scale * q.softmax(-1).float(), scale * k.softmax(-1).float())[0].item()
+              for scale in (1, 1e-14, 1e14)]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
 def test_exact_features_reach_the_floor_and_padding_has_no_say():
     (q, k), keep = random_heads(), torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 2 + [0] * 5]).bool()
     phi_k = torch.eye(7, dtype=torch.float64).expand(3, 2, 7, 7)
@@ -291,7 +298,8 @@ def test_distillation_computes_what_the_teacher_computes_and_moves_the_maps_alon
 # ---------------------------------------------------------------- GLUE
 
 LINES = {  # the header, rows as they are in GLUE's files, and what is read of them
-    "cola": (None, ['gj04\t1\t\tThe "cat sat.', "gj04\t0\t*\tCat the sat."], [(('The "cat sat.',), 1), (("Cat the sat.",), 0)]),
+    "cola": (None, ['gj04\t1\t\tThe "cat sat.', "gj04\t0\t*\tCat the sat."],
+             [(('The "cat sat.',), 1), (("Cat the sat.",), 0)]),
     "sst2": ("sentence\tlabel", ["a fine film \t1", "dull \t0"], [(("a fine film ",), 1), (("dull ",), 0)]),
     "mrpc": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", ['1\t7\t8\tHe "ran.\tHe ran.', "0\t7\t8\tA\tB"],
              [(('He "ran.', "He ran."), 1), (("A", "B"), 0)]),
@@ -301,7 +309,8 @@ LINES = {  # the header, rows as they are in GLUE's files, and what is read of t
             [(("How?", "Why?"), 0), (("How?", "How?"), 1)]),
     "mnli": ("index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
              "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
-             ["0\t1\t1n\tfiction\tx\tx\tx\tx\tA\tB\tneutral\tneutral", "1\t1\t1c\tf\tx\tx\tx\tx\tA\tC\te\tcontradiction"],
+             ["0\t1\t1n\tfiction\tx\tx\tx\tx\tA\tB\tneutral\tneutral",
+              "1\t1\t1c\tf\tx\tx\tx\tx\tA\tC\te\tcontradiction"],
              [(("A", "B"), 1), (("A", "C"), 2)]),
     "qnli": ("index\tquestion\tsentence\tlabel", ["0\tWho?\tHe.\tentailment", "1\tWho?\tNo.\tnot_entailment"],
              [(("Who?", "He."), 0), (("Who?", "No."), 1)]),
@@ -344,7 +353,7 @@ def test_a_damaged_row_is_left_out_and_a_damaged_file_refused(tmp_path, capsys):
 def test_measures_are_those_counted_by_hand():
     answers, predicted = np.array([1, 1, 1, 0, 0, 1]), np.array([1, 1, 0, 0, 1, 1])  # TP 3, FP 1, FN 1, TN 1
     assert glue.measure("mrpc", predicted, answers) == pytest.approx(dict(score=0.75, f1=0.75, accuracy=4 / 6))
-    assert glue.measure("cola", predicted, answers)["score"] == pytest.approx((3 * 1 - 1 * 1) / math.sqrt(4 * 4 * 2 * 2))
+    assert glue.measure("cola", predicted, answers)["score"] == pytest.approx((3 * 1 - 1 * 1) / (4 * 2))
     assert glue.measure("mnli", np.array([0, 1, 2, 2]), np.array([0, 1, 2, 1])) == dict(score=0.75, accuracy=0.75)
     found = glue.measure("stsb", np.array([1.0, 2.0, 9.0]), np.array([0.0, 4.0, 5.0]))
     pearson = (-3 * -3 + -2 * 1 + 5 * 2) / math.sqrt((9 + 4 + 25) * (9 + 1 + 4))
@@ -370,7 +379,8 @@ def test_what_the_folder_lacks_is_downloaded_once(tmp_path, monkeypatch, capsys)
         train, reported = glue.find_files("mnli", tmp_path)
         assert train.read_text() == "train" and [p.stem for p in reported] == ["dev_matched", "dev_mismatched"]
         assert [p.name for p in glue.find_files("mrpc", tmp_path)[1]] == ["msr_paraphrase_test.txt"]
-    assert [url.rsplit("/", 1)[1] for url in calls] == ["MNLI.zip", "msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]
+    originals = ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]
+    assert [url.rsplit("/", 1)[1] for url in calls] == ["MNLI.zip", *originals]
     for name in ("train.tsv", "dev.tsv"):  # GLUE's own cut is taken where it is
         (tmp_path / "MRPC" / name).write_text("")
     assert glue.find_files("mrpc", tmp_path)[0].name == "train.tsv"
@@ -442,14 +452,16 @@ def test_the_whole_table_at_toy_size(world, tmp_path, capsys):
         assert row["model"] == "bert" and f"{100 * row['score']:.1f}" in printed
     assert list(mine["stages"]) == ["teacher", "swapped", "distilled", "finetuned"]
     assert list(rows["mrpc", "hedgehog-undistilled"]["stages"]) == ["teacher", "swapped", "finetuned"]
-    assert all(run["distillation"]["kl"] >= 0 for run in mine["runs"])
+    assert all(run["distillation"]["kl"] >= 0 and run["teacher"]["epoch"] in (0, 1) for run in mine["runs"])
+    assert mine["held_out"] == pytest.approx(np.mean([run["held_out"] for run in mine["runs"]]))
 
 
 @pytest.mark.parametrize("task", ["stsb", "mnli", "cola"])
 def test_numbers_two_splits_and_single_sentences_take_part(task, world, tmp_path, capsys):
     convert_bert.main(given(world, tmp_path, "--task", task, "--attentions", "softmax", "hedgehog", "--limit", "20"))
     row = rows_of(tmp_path)[task, "hedgehog"]
-    names = dict(stsb={"pearson", "spearman"}, cola={"matthews"}, mnli={"accuracy_matched", "accuracy_mismatched"})[task]
+    names = dict(stsb={"pearson", "spearman"}, cola={"matthews"}, mnli={"accuracy_matched", "accuracy_mismatched"})
+    names = names[task]
     assert names <= row.keys()
     if task != "cola":
         assert row["score"] == pytest.approx(sum(row[name] for name in names) / 2)
@@ -504,11 +516,13 @@ def test_held_out_rows_are_no_training_rows_and_batches_hold_every_row_once(worl
         rows = []
         for inputs, labels in convert_bert.batches(train, 4, generator, pool=2):
             mask = inputs["attention_mask"].bool()
-            assert inputs["input_ids"].shape[1] <= -(-mask.sum(1).max() // 8) * 8 and not inputs["input_ids"][~mask].any()
-            rows += [(*ids[m].tolist(), label.item()) for ids, m, label in zip(inputs["input_ids"], mask, labels)]
+            ids = inputs["input_ids"]
+            assert ids.shape[1] <= -(-mask.sum(1).max() // 8) * 8 and not ids[~mask].any()
+            rows += [(*row[m].tolist(), label.item()) for row, m, label in zip(ids, mask, labels)]
         seen.append(sorted(rows))
         first.append(rows)
-    expected = sorted((*ids[:n].tolist(), label.item()) for ids, n, label in zip(train.ids, train.lengths, train.labels))
+    whole = zip(train.ids, train.lengths, train.labels)
+    expected = sorted((*ids[:n].tolist(), label.item()) for ids, n, label in whole)
     assert seen == [expected] * 3 and first[1] != first[2]
     second = train.types.sum(1).numpy()
     assert ((0 < second) & (second < train.lengths)).all()  # the second sentence is marked as one
