@@ -453,7 +453,6 @@ def distill(model, run):
 
 def finetune(model, run, name=""):
     """Stage 2, or with "teacher_" stage 0, in place: all weights learn, from the task's own loss."""
-    torch.manual_seed(run.seed)                                                           # of dropout
     epoch, value = fit(model.train(), run, name, task_loss, lambda: evaluate(model, run.held_out, run)["score"],
                        [list(model.parameters())], run.config.weight_decay, run.config.map_lr_scale)
     model.eval()
@@ -574,7 +573,8 @@ def table(rows):
     "held out" is the score by which epochs were chosen, and by which rates should be.
     """
     def show(value, spread=None, scale=1):
-        return "-" if value is None else f"{scale * value:.1f}" + (f" ± {scale * spread:.1f}" if spread else "")
+        found = [f"{scale * x:.1f}" for x in (value, spread) if x is not None]
+        return " ± ".join(found) or "-"
 
     form = "{:6}{:22}{:>14}{:>16}{:>9}{:>9}{:>11}{:>11}{:>10}{:>7}{:>7}".format
     lines = [form("task", "attention", "score", "recovered, %", *STAGES, "held out", "seeds", "s")]

@@ -300,7 +300,7 @@ def test_distillation_computes_what_the_teacher_computes_and_moves_the_maps_alon
 LINES = {  # the header, rows as they are in GLUE's files, and what is read of them
     "cola": (None, ['gj04\t1\t\tThe "cat sat.', "gj04\t0\t*\tCat the sat."],
              [(('The "cat sat.',), 1), (("Cat the sat.",), 0)]),
-    "sst2": ("sentence\tlabel", ["a fine film \t1", "dull \t0"], [(("a fine film ",), 1), (("dull ",), 0)]),
+    "sst2": ("sentence\tlabel", [" a fine film \t1", "dull \t0"], [((" a fine film ",), 1), (("dull ",), 0)]),
     "mrpc": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", ['1\t7\t8\tHe "ran.\tHe ran.', "0\t7\t8\tA\tB"],
              [(('He "ran.', "He ran."), 1), (("A", "B"), 0)]),
     "stsb": ("index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
@@ -415,7 +415,8 @@ def world(tmp_path_factory):
     for task in ("cola", "mrpc", "stsb", "mnli"):
         about, header = glue.TASKS[task], LINES[task][0]
         (folder / "glue" / about.folder).mkdir(parents=True)
-        for name in ("train.tsv", *about.splits):
+        original = ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt")
+        for name in original if task == "mrpc" else ("train.tsv", *about.splits):
             lines = [header] if header else []
             for _ in range(30):
                 answer = draw.choice(about.labels) if about.labels else f"{draw.uniform(0, 5):.2f}"
@@ -454,6 +455,35 @@ def test_the_whole_table_at_toy_size(world, tmp_path, capsys):
     assert list(rows["mrpc", "hedgehog-undistilled"]["stages"]) == ["teacher", "swapped", "finetuned"]
     assert all(run["distillation"]["kl"] >= 0 and run["teacher"]["epoch"] in (0, 1) for run in mine["runs"])
     assert mine["held_out"] == pytest.approx(np.mean([run["held_out"] for run in mine["runs"]]))
+
+
+def test_softmax_is_given_the_better_of_its_two_means_and_the_others_are_compared_with_it():
+    def runs(*scores):
+        return [dict(seed=seed, seconds=1, guess=0.0, held_out=0.5, stages=dict(
+            teacher=dict(score=teacher), finetuned=dict(score=finetuned))) for seed, (teacher, finetuned) in scores]
+    softmax = convert_bert.summarize("rte", "softmax", runs((1, (0.6, 0.5)), (0, (0.8, 0.7))), {})
+    assert (softmax["score"], softmax["stage"], softmax["scores"]) == (pytest.approx(0.7), "teacher", [0.8, 0.6])
+    assert softmax["std"] == pytest.approx(math.sqrt(0.02))
+    again = convert_bert.summarize("rte", "softmax", runs((0, (0.5, 0.9)), (1, (0.6, 0.3))), {})
+    assert (again["score"], again["stage"]) == (pytest.approx(0.6), "finetuned")
+    mine = convert_bert.summarize("rte", "elu", runs((0, (0.8, 0.35))), {})
+    assert mine["score"] == 0.35 and mine["std"] is None and mine["seeds"] == 1
+    convert_bert.add_recovered(rows := [softmax, mine])
+    assert [row["recovered"] for row in rows] == pytest.approx([100, 50])
+    assert "35.0            50.0" in convert_bert.table([row | dict(task="rte") for row in rows])
+    convert_bert.add_recovered([mine])
+    assert mine["recovered"] is None  # nothing to compare with
+
+
+def test_distillation_brings_the_maps_nearer_and_leaves_the_rest(world, tmp_path):
+    model, run = convert_bert.start(("mrpc", "hedgehog", 0), given(world, tmp_path, "--distill-epochs", "4"))
+    swap(model)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    first = convert_bert.faithfulness(model, run.held_out, run)
+    last = convert_bert.distill(model, run)
+    assert last["entropy"] == pytest.approx(first["entropy"], rel=1e-6) and 0 <= last["kl"] < 0.9 * first["kl"]
+    changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+    assert changed == set(maps_of(model)) and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("task", ["stsb", "mnli", "cola"])
@@ -510,7 +540,7 @@ def test_a_run_is_the_same_every_time_and_the_best_epoch_is_chosen_on_held_out_r
 def test_held_out_rows_are_no_training_rows_and_batches_hold_every_row_once(world, tmp_path):
     config = given(world, tmp_path)
     train, held_out, reported = convert_bert.load_rows("mrpc", config.model, config.data, 0, 16, torch.device("cpu"))
-    assert len(train.lengths) == 27 and len(held_out.lengths) == 3 and len(reported["dev"].lengths) == 30
+    assert len(train.lengths) == 27 and len(held_out.lengths) == 3 and reported.keys() == {"msr_paraphrase_test"}
     seen, first = [], []
     for i, generator in enumerate((None, np.random.default_rng(0), np.random.default_rng(1))):
         rows = []
@@ -523,7 +553,9 @@ def test_held_out_rows_are_no_training_rows_and_batches_hold_every_row_once(worl
         first.append(rows)
     whole = zip(train.ids, train.lengths, train.labels)
     expected = sorted((*ids[:n].tolist(), label.item()) for ids, n, label in whole)
-    assert seen == [expected] * 3 and first[1] != first[2]
+    assert seen == [expected] * 3
+    composed = [{frozenset(rows[i:i + 4]) for i in range(0, 24, 4)} for rows in first]
+    assert composed[1] != composed[2]  # not the same batches in another order
     second = train.types.sum(1).numpy()
     assert ((0 < second) & (second < train.lengths)).all()  # the second sentence is marked as one
 
