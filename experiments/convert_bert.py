@@ -1,8 +1,8 @@
 """Turn a finetuned BERT into a linear one, and see how much of its GLUE score survives. The paper's second regime.
 
-    python experiments/convert_bert.py --task cola mrpc                          any BERT of the Hugging Face hub
-    python experiments/convert_bert.py --model FOLDER --data FOLDER              one on disk, and GLUE's files on disk
-    python experiments/convert_bert.py --task mrpc --limit 500 --seeds 0         a first look, minutes on a CPU
+    python experiments/convert_bert.py --task cola mrpc --workers 8              bert-base, on a GPU
+    python experiments/convert_bert.py --model FOLDER --data FOLDER              another BERT, and GLUE, from a disk
+    python experiments/convert_bert.py --limit 1000 --seeds 0 --epochs 2         a first look, on part of the rows
 
 Three stages, for each task and seed: finetune softmax, which becomes the teacher; swap its attention and let the new
 feature maps learn the teacher's attention weights on the task's own text; finetune again. Softmax is finetuned again
@@ -106,12 +106,12 @@ class BertConfig:
 class LinearBertAttention(nn.Module):
     """Stands where BertSelfAttention stood, with the same query, key and value: x (B, T, C) -> (B, T, C), in O(T).
 
-        y_t = sum_s phi(q_t).phi(k_s) v_s / sum_s phi(q_t).phi(k_s)        s: all words of the row, no padding
+        y_t = sum_s phi(q_t).phi(k_s) v_s / sum_s phi(q_t).phi(k_s)        s: all tokens of the row, no padding
 
     Every query sees every key. phi(k) is zero where there is padding, which takes it out of numerator and denominator
-    alike: a row gives the same numbers however it is padded, on the left or on the right. (With padding on the left
-    BERT needs `position_ids` that begin at the first word, and its pooler, which reads place 0, must be told where
-    the first word is; both are so with softmax too.) No dropout of attention weights: they are never formed.
+    alike: a token gives the same numbers however its row is padded, on the left or on the right. (A BERT whose rows
+    are padded on the left needs `position_ids`, and a pooler that reads another place than 0, with softmax as well.)
+    There is no dropout of attention weights, because they are never formed.
     """
 
     def __init__(self, softmax, kind="hedgehog", max_len=512, shared=None):
@@ -131,7 +131,7 @@ class LinearBertAttention(nn.Module):
                              "leave it out, or restore(model) first")
         q, k, v = (project(x).unflatten(-1, (-1, self.map_q.head_dim)).transpose(1, 2)
                    for project in (self.query, self.key, self.value))                     # (B, H, T, D)
-        keep = self.words(attention_mask, x)                                              # (B, T), or None
+        keep = self.visible(attention_mask, x)                                              # (B, T), or None
         if self.losses is not None:  # stage 1: the maps learn, and what is passed on is the teacher's
             q, k = q.detach(), k.detach()
             self.losses.append(torch.stack(imitation_loss(q, k, self.map_q(q, is_query=True), self.map_k(k), keep)))
@@ -142,14 +142,14 @@ class LinearBertAttention(nn.Module):
         y = linear_attention(phi_q, phi_k, v.to(phi_q.dtype), causal=False)
         return y.to(v.dtype).transpose(1, 2).flatten(2), None
 
-    def words(self, mask, x):
-        """`key_words`, found by the first layer for all: looking at a mask on a GPU is a wait."""
+    def visible(self, mask, x):
+        """`visible_keys`, found by the first layer for all: looking at a mask on a GPU is a wait."""
         if self.first or self.shared.get("mask") is not mask:
-            self.shared.update(mask=mask, keep=key_words(mask, *x.shape[:2]))
+            self.shared.update(mask=mask, keep=visible_keys(mask, *x.shape[:2]))
         return self.shared["keep"]
 
 
-def key_words(mask, B, T):
+def visible_keys(mask, B, T):
     """(B, T), False where there is padding, from whatever mask transformers hands to an attention; None: no padding.
 
     Linear attention has one sum over the keys for all queries and heads, so that a mask may only leave out keys.
@@ -161,7 +161,7 @@ def key_words(mask, B, T):
         raise ValueError(f"the mask is a {type(mask).__name__}, of flex attention, which linear attention cannot "
                          "honour: load the model with attn_implementation='sdpa'")
     shape = tuple(mask.shape)
-    if mask.ndim == 2:  # the tokenizer's own, 1 for a word (flash attention)
+    if mask.ndim == 2:  # the tokenizer's own, 1 for a token (flash attention)
         mask = mask.bool()[:, None, None]
     elif mask.is_floating_point():  # is added to q.k (eager)
         if ((mask != 0) & (mask > -1e4)).any():
@@ -228,7 +228,7 @@ def maps_of(model):
 
 
 def imitation_loss(q, k, phi_q, phi_k, keep=None, bounds=(1e-37, 1e34)):
-    """(cross-entropy of the linear weights under softmax's, entropy of softmax's): means over words, heads and batch.
+    """(cross-entropy of the linear weights under softmax's, entropy of softmax's): means over tokens, heads and batch.
 
     convert_gpt2.imitation_loss without its causal mask, and with keep (B, T), False for padding: it is neither a key
     nor a query. The bounds are inside the sum too, so that the entropy is a floor: the reason is told there.
@@ -388,13 +388,13 @@ def imitate(model, inputs):
 
 @torch.no_grad()
 def faithfulness(model, rows, run):
-    """{"cross_entropy": ..., "entropy": ..., "kl": ...} in nats over all rows, means over words, heads and layers."""
-    total, n_words = 0, 0
+    """{"cross_entropy": ..., "entropy": ..., "kl": ...} in nats over all rows, means over tokens, heads and layers."""
+    total, n_tokens = 0, 0
     for inputs, _ in batches(rows, run.config.batch_size):
         n = inputs["attention_mask"].sum().item()
         with run.autocast:
-            total, n_words = total + n * imitate(model, inputs).cpu().double(), n_words + n
-    cross_entropy, entropy = (total / n_words).tolist()
+            total, n_tokens = total + n * imitate(model, inputs).cpu().double(), n_tokens + n
+    cross_entropy, entropy = (total / n_tokens).tolist()
     return dict(cross_entropy=cross_entropy, entropy=entropy, kl=cross_entropy - entropy)
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import convert_bert
-from convert_bert import BertConfig, imitation_loss, key_words, maps_of, restore, swap
+from convert_bert import BertConfig, imitation_loss, visible_keys, maps_of, restore, swap
 from data import glue
 from hedgehog import FEATURE_MAPS, attention_weights
 from train_gpt import cli, parse_config
@@ -151,9 +151,9 @@ def test_every_form_of_a_padding_mask_is_read_alike():
     for mask in (keep, keep.long(), keep.float(), keep[:, None, None], keep[:, None, None].expand(2, 2, 3, 3), additive,
                  additive.expand(2, 1, 3, 3), additive.masked_fill(additive < 0, -math.inf), additive.half(),
                  additive.bfloat16()):
-        assert torch.equal(key_words(mask, 2, 3), keep)
-    assert key_words(None, 2, 3) is None
-    assert key_words(keep[:1, None, None], 2, 3).tolist() == [[True, True, False]] * 2
+        assert torch.equal(visible_keys(mask, 2, 3), keep)
+    assert visible_keys(None, 2, 3) is None
+    assert visible_keys(keep[:1, None, None], 2, 3).tolist() == [[True, True, False]] * 2
 
 
 @pytest.mark.parametrize("mask, what", [
@@ -168,7 +168,7 @@ def test_every_form_of_a_padding_mask_is_read_alike():
 ])
 def test_other_masks_are_refused_and_named(mask, what):
     with pytest.raises(ValueError, match=what):
-        key_words(mask, 1, 3)
+        visible_keys(mask, 1, 3)
 
 
 def test_a_mask_of_its_own_for_each_query_is_refused_by_the_model():
