@@ -2,7 +2,7 @@
 
     python experiments/convert_bert.py --task cola mrpc --workers 8              bert-base, on a GPU
     python experiments/convert_bert.py --model FOLDER --data FOLDER              another BERT, and GLUE, from a disk
-    python experiments/convert_bert.py --limit 1000 --seeds 0 --epochs 2         a first look, on part of the rows
+    python experiments/convert_bert.py --limit 100 --seeds 0 --epochs 1          does it run? On part of the rows
 
 Three stages, for each task and seed: finetune softmax, which becomes the teacher; swap its attention and let the new
 feature maps learn the teacher's attention weights on the task's own text; finetune again. Softmax is finetuned again
