@@ -457,6 +457,22 @@ def test_the_whole_table_at_toy_size(world, tmp_path, capsys):
     assert mine["held_out"] == pytest.approx(np.mean([run["held_out"] for run in mine["runs"]]))
 
 
+def test_a_model_that_is_finetuned_already_is_taken_as_it_is(world, tmp_path, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "bert")
+    model = bert(vocab_size=len(tokenizer), num_labels=2).float()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "finetuned")
+    convert_bert.main(given(world, tmp_path, "--model", str(tmp_path / "finetuned"), "--task", "cola", "--attentions",
+                            "softmax", "t2r", *"--teacher-epochs 0 --distill-epochs 0 --epochs 0".split()))
+    predicted, answers = [], []
+    for (sentence,), answer in glue.read_rows("cola", world / "glue" / "CoLA" / "dev.tsv"):
+        predicted.append(model(**tokenizer(sentence, return_tensors="pt")).logits.argmax().item())
+        answers.append(answer)
+    rows, score = rows_of(tmp_path), glue.measure("cola", np.array(predicted), np.array(answers))["score"]
+    assert rows["cola", "softmax"]["score"] == score != 0
+    assert list(rows["cola", "t2r"]["stages"]) == ["teacher", "swapped", "finetuned"]
+
+
 def test_softmax_is_given_the_better_of_its_two_means_and_the_others_are_compared_with_it():
     def runs(*scores):
         return [dict(seed=seed, seconds=1, guess=0.0, held_out=0.5, stages=dict(
