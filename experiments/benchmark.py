@@ -240,7 +240,7 @@ def measure(T, args, common):
 
 
 @torch.no_grad()
-def measure_decoding(args, common):
+def measure_decoding(batch, args, common):
     """Time for one token after a past of p tokens, by a GPT of two layers; all pasts and both attentions take turns.
 
     On CUDA this is the GPU's own time, launches hidden. Softmax gets FlashAttention there: with torch's default backend
@@ -250,14 +250,15 @@ def measure_decoding(args, common):
     sequences, backend = [], [SDPBackend.FLASH_ATTENTION] if args.device == "cuda" else None
     for form, attention in (("hedgehog decode", "hedgehog"), ("softmax decode (kv cache)", "softmax")):
         torch.manual_seed(0)
-        block_size = max(10240, max(args.decode) + args.decode_tokens + args.warmup)
+        pasts = [p for p in args.decode if batch * p <= 2**21]  # more is left out: the prompts alone fill a GPU
+        block_size = max(10240, max(pasts) + args.decode_tokens + args.warmup)
         model = GPT(GPTConfig(block_size, vocab_size=256, n_layer=2, n_head=args.heads, n_embd=args.heads * args.dim,
                               attention=attention)).to(args.device, getattr(torch, args.dtype)).eval()
-        for p in args.decode:
+        for p in pasts:
             cache = model.new_cache()
-            model(torch.randint(256, (args.decode_batch, p), device=args.device), cache=cache)
+            model(torch.randint(256, (batch, p), device=args.device), cache=cache)
             sequences.append((form, p, model, cache, []))
-    token = torch.randint(256, (args.decode_batch, 1), device=args.device)
+    token = torch.randint(256, (batch, 1), device=args.device)
     for i in range(args.warmup + args.decode_tokens):
         for _, _, model, cache, ms in sequences:
             with sdpa_kernel(backend) if backend else contextlib.nullcontext():
@@ -268,10 +269,62 @@ def measure_decoding(args, common):
         used = held if "hedgehog" in form else held * p // model.config.block_size
         rows.append({"form": form, "T": p, "pass": "decode", "ms": statistics.median(ms[args.warmup:]),
                      "state_bytes_per_layer": used, "allocated_bytes_per_layer": held, "n_layer": 2,
-                     "B": args.decode_batch, "repeats": args.decode_tokens, **common})
+                     "B": batch, "repeats": args.decode_tokens, **common})
         if backend and "softmax" in form:
             rows[-1]["backend"] = "flash"
     return rows
+
+
+def measure_training(T, args, common):
+    """Tokens/s and peak memory of training GPT-2's 124M size, compiled; the models take turns, a step each.
+
+    Forward, backward and AdamW in bfloat16 autocast on random tokens. Run in a fresh process: what a compiled model
+    keeps would count as memory of the next.
+    """
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device, n_layer, vocab = args.device, args.train_layers, 50304
+    idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
+    steps, rows = {}, []
+    for name in args.train_forms:
+        attention = "softmax" if name == "softmax" else "hedgehog"
+        model = GPT(GPTConfig(T, vocab, n_layer, args.heads, args.heads * args.dim, attention=attention, chunk_size=128,
+                              segment_size=0)).to(device)
+        if name == "chunked":
+            for block in model.transformer.h:
+                block.attn.linear.forward = functools.partial(block.attn.linear.forward, form="chunked")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+
+        def step(compiled=compiled, optimizer=optimizer):
+            with torch.autocast(device, torch.bfloat16):
+                loss = compiled(idx[:, :-1], idx[:, 1:])[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step()  # compiles
+        steps[name] = step
+        weights = sum(p.nbytes for p in model.parameters())
+        rows.append({"form": f"gpt, {name}", "T": T, "pass": "training step", "B": idx.shape[0], "n_layer": n_layer,
+                     "repeats": args.train_steps, **common,
+                     "peak_mib": peak_mib(step, device) + 3 * weights / MIB})  # and AdamW's two moments
+    seconds = {name: [] for name in steps}
+    for _ in range(args.warmup + args.train_steps):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    for row, times in zip(rows, seconds.values()):
+        median = statistics.median(times[args.warmup:])
+        row |= {"ms": 1e3 * median, "tokens_per_second": idx[:, 1:].numel() / median}
+    return rows
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,13 +354,18 @@ def findings(rows):
         longer, batch = Ts[-1] / Ts[-2], a["B"] / b["B"]
         said.append(f"chunked from T={Ts[-2]} to {Ts[-1]}, {longer:.1f}x the length: {batch * b['ms'] / a['ms']:.2f}x "
                     f"the time a sequence, {batch * b['peak_mib'] / a['peak_mib']:.2f}x the memory")
-    for form in ("hedgehog decode", "softmax decode (kv cache)"):
-        decode = [r for r in rows if r["form"] == form]
-        if decode:
-            a, b = decode[0], decode[-1]
-            said.append(f"{form}: {a['ms']:.2f} ms a token and {a['state_bytes_per_layer']:,} bytes a layer at "
-                        f"position {a['T']:,}, {b['ms']:.2f} ms, {b['state_bytes_per_layer']:,} bytes at {b['T']:,}: "
-                        f"{b['ms'] / a['ms']:.2f}x the time")
+    for form, batch in sorted({(r["form"], r["B"]) for r in rows if r["pass"] == "decode"}):
+        decode = [r for r in rows if (r["form"], r["B"]) == (form, batch)]
+        a, b = decode[0], decode[-1]
+        said.append(f"{form}, batch {batch}: {a['ms']:.2f} ms a token and {a['state_bytes_per_layer']:,} bytes a layer "
+                    f"at position {a['T']:,}, {b['ms']:.2f} ms, {b['state_bytes_per_layer']:,} bytes at {b['T']:,}: "
+                    f"{b['ms'] / a['ms']:.2f}x the time")
+    for form, T in [(f, T) for f, T, n in at if n == "training step" and f != "gpt, softmax"]:
+        a, b = at[form, T, "training step"], at.get(("gpt, softmax", T, "training step"))
+        if b:
+            said.append(f"training at T={T}: {form} {a['tokens_per_second']:,.0f} tokens/s, "
+                        f"{a['tokens_per_second'] / b['tokens_per_second']:.2f}x softmax's "
+                        f"{b['tokens_per_second']:,.0f}, with {a['peak_mib'] / b['peak_mib']:.2f}x the memory")
     return said
 
 
@@ -332,9 +390,14 @@ def parse(argv):
     add("--repeats", type=int, default=11, help="turns of every form at T >= 4096; up to 8 times as many below")
     add("--warmup", type=int, default=2)
     add("--limit-mib", type=float, default=512, help="leave a form out where its largest tensor would be larger")
-    add("--decode", type=int, nargs="*", default=(100, 1000, 10000), help="positions at which generation is timed")
+    add("--decode", type=int, nargs="*",
+        help="positions at which generation is timed (default: 100 1000 10000, on CUDA 1000 4000 16000 64000)")
     add("--decode-tokens", type=int, default=60)
-    add("--decode-batch", type=int, default=1)
+    add("--decode-batch", type=int, nargs="+", help="default: 1, on CUDA 1 and 64")
+    add("--train", type=int, nargs="*", help="lengths at which a GPT is trained (default: 1024 4096 16384 on CUDA)")
+    add("--train-forms", nargs="+", default=("softmax", "fused", "chunked"), choices=("softmax", "fused", "chunked"))
+    add("--train-layers", type=int, default=12)
+    add("--train-steps", type=int, default=15, help="turns of every model")
     add("--out", type=Path, help="default: experiments/results/benchmark-DEVICE.json")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -342,6 +405,9 @@ def parse(argv):
     cpu = args.device == "cpu"
     args.T = args.T or ([2**n for n in range(8, 15 if args.long else 14)] if cpu else [2**n for n in range(9, 17)])
     args.tokens = args.tokens or (1 if cpu else 32768)
+    args.train = ([] if cpu else [1024, 4096, 16384]) if args.train is None else args.train
+    args.decode = ([100, 1000, 10000] if cpu else [1000, 4000, 16000, 64000]) if args.decode is None else args.decode
+    args.decode_batch = args.decode_batch or ([1] if cpu else [1, 64])
     args.dtype = "float32" if cpu else "bfloat16"
     args.out = args.out or ROOT / f"experiments/results/benchmark-{args.device}.json"
     return args
@@ -363,8 +429,12 @@ def main(argv=None):
         for T in args.T:
             print(f"T={T} ...", flush=True)
             rows += fresh.apply(measure, (T, args, common)) if fresh else measure(T, args, common)
+        for T in args.train:
+            print(f"training at T={T} ...", flush=True)
+            rows += fresh.apply(measure_training, (T, args, common)) if fresh else measure_training(T, args, common)
     if args.decode:
-        rows += measure_decoding(args, common)
+        for batch in args.decode_batch:
+            rows += measure_decoding(batch, args, common)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows), *findings(rows), f"written to {args.out}", sep="\n")
