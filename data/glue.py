@@ -1,6 +1,8 @@
-"""GLUE's tasks: their files, downloaded if they are not there, their rows, and the measures that score them."""
+"""GLUE's tasks: their files, downloaded if they are not there, their rows in batches, and their measures."""
 
+import math
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,3 +117,46 @@ def measure(task, predicted, answers):
                      pearson=lambda: correlation(pearsonr), spearman=lambda: correlation(spearmanr))
     found = {name: float(functions[name]()) for name in TASKS[task].metrics}
     return dict(score=sum(found.values()) / 2 if task == "stsb" else found[TASKS[task].metrics[0]], **found)
+
+
+class Batches:
+    """The rows of a task for a BERT: tokenized once, padded a batch at a time."""
+
+    def __init__(self, task, rows, tokenizer, max_length, batch_size, device):
+        sentences = [list(column) for column in zip(*(text for text, _ in rows))]         # one list, or two
+        encoded = tokenizer(*sentences, truncation=True, max_length=max_length)
+        self.rows = [dict(zip(encoded, values), labels=label) for *values, (_, label) in zip(*encoded.values(), rows)]
+        self.lengths = np.array([len(row["input_ids"]) for row in self.rows])
+        self.pad = partial(tokenizer.pad, pad_to_multiple_of=8, return_tensors="pt")
+        self.task, self.batch_size, self.device = task, batch_size, device
+
+    def __len__(self):
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def draw(self, rng=None):
+        """Yield inputs, with labels, of about the same length. With a generator of numpy they are composed anew."""
+        noise = rng.uniform(0.8, 1.25, len(self.rows)) if rng else 1
+        order = np.argsort(self.lengths * noise, kind="stable")
+        parts = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        if rng:
+            rng.shuffle(parts)
+        for part in parts:
+            yield self.pad([self.rows[i] for i in part]).to(self.device)
+
+
+def load_batches(task, data, limit, **options):
+    """Batches to learn from, held-out ones (a tenth of those rows, at most 2,000) and reported ones, always the same.
+
+    limit: use so many rows of every file, 0: all. options: of Batches.
+    """
+    def read(path):
+        rows = read_rows(task, path)
+        return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:limit or None]]
+
+    train, reported = find_files(task, data)
+    rows = read(train)
+    n = min(2000, math.ceil(len(rows) / 10))
+    if n == len(rows):
+        raise ValueError(f"{train}: {n} rows are too few to hold one out: raise --limit")
+    parts = rows[n:], rows[:n], [row for path in reported for row in read(path)]
+    return [Batches(task, part, **options) for part in parts]

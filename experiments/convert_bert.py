@@ -33,7 +33,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed package
+sys.path.insert(0, str(ROOT))  # no installed package
 from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
 from data import glue  # noqa: E402
 from hedgehog import FEATURE_MAPS, FeatureMap, linear_attention  # noqa: E402
@@ -79,8 +79,8 @@ class BertConfig:
     clip: float = opt(1.0, "largest norm of the gradient; in stage 1 of each layer's")
     # machine
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "of the matrix products; auto: bfloat16 where the GPU has it, but a BERT as small as "
-                     "MiniLM is faster in float32 there", ("auto", "float32", "bfloat16"))
+    dtype: str = opt("auto", "of matrix products; auto: bfloat16 where the GPU has it; float32 suits a BERT as small as "
+                     "MiniLM better", ("auto", "float32", "bfloat16"))
     workers: int = opt(1, "pairs of a task and a seed at once, each in a process, on one GPU too")
     out: str = opt("experiments/results/bert.json", "the rows; the same command again goes on with what they lack")
 
@@ -113,7 +113,7 @@ class LinearBertAttention(nn.Module):
         self.map_q = new_map()
         self.map_k = self.map_q if self.map_q.weight is None else new_map()  # performer: one projection for both
         self.softmax = (softmax,)  # in a tuple, so that its weights are not counted, saved and trained twice
-        self.losses = None  # a list while distilling
+        self.imitates, self.kl = False, None  # see `imitate`
 
     def forward(self, x, attention_mask=None, *args, **kwargs):
         refused = [name for name in REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
@@ -123,10 +123,10 @@ class LinearBertAttention(nn.Module):
         q, k, v = (project(x).unflatten(-1, (-1, self.map_q.head_dim)).transpose(1, 2)
                    for project in (self.query, self.key, self.value))                     # (B, H, T, D)
         keep = visible_keys(attention_mask, x)                                            # (B, T)
-        if self.losses is not None:  # stage 1: the maps learn, and what is passed on is the teacher's
+        if self.imitates:  # stage 1: the maps learn, and what is passed on is the teacher's
             q, k = q.detach(), k.detach()
             cross_entropy, entropy = imitation_loss(q, k, self.map_q(q, is_query=True), self.map_k(k), keep)
-            self.losses.append(cross_entropy - entropy)
+            self.kl = cross_entropy - entropy
             return self.softmax[0].train(self.training)(x, attention_mask, **kwargs)
         phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k)                        # (B, H, T, P)
         phi_k = phi_k.masked_fill(~keep[:, None, :, None], 0)
@@ -197,48 +197,6 @@ def restore(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GLUE
-
-
-class Rows:
-    """Tokenized rows of a task, and the batches of them."""
-
-    def __init__(self, rows, task, tokenizer, config, model):
-        columns = [list(column) for column in zip(*(text for text, _ in rows))]           # one or two sentences
-        longest = min(config.max_length, model.config.max_position_embeddings)
-        encoded = tokenizer(*columns, truncation=True, max_length=longest)
-        self.rows = [dict(zip(encoded, values), labels=label) for *values, (_, label) in zip(*encoded.values(), rows)]
-        self.pad = partial(tokenizer.pad, pad_to_multiple_of=8, return_tensors="pt")
-        self.task, self.batch_size, self.device = task, config.batch_size, model.device
-        self.lengths = np.array([len(row["input_ids"]) for row in self.rows])
-
-    def batches(self, rng=None):
-        """Yield inputs of a BERT, with labels, of about the same length; with a generator of numpy composed anew."""
-        noise = rng.uniform(0.8, 1.25, len(self.rows)) if rng else 1
-        order = np.argsort(self.lengths * noise, kind="stable")
-        parts = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        if rng:
-            rng.shuffle(parts)
-        for part in parts:
-            yield self.pad([self.rows[i] for i in part]).to(self.device)
-
-
-def load_rows(task, tokenizer, config, model):
-    """Training Rows, held-out Rows: a tenth of them, at most 2,000, and reported Rows. The same for every seed."""
-    def read(path):
-        rows = glue.read_rows(task, path)
-        return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:config.limit or None]]
-
-    train, reported = glue.find_files(task, config.data)
-    rows = read(train)
-    n = min(2000, math.ceil(len(rows) / 10))
-    if n == len(rows):
-        raise ValueError(f"{train}: {n} rows are too few to hold one out: raise --limit")
-    parts = rows[n:], rows[:n], [row for path in reported for row in read(path)]
-    return [Rows(part, task, tokenizer, config, model) for part in parts]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The stages
 
 
@@ -246,31 +204,28 @@ def load_rows(task, tokenizer, config, model):
 def evaluate(model, rows):
     """{"score": ..., and the task's other measures} over all rows."""
     model.eval()
-    answers = [(model(**batch).logits.float(), batch["labels"]) for batch in rows.batches()]
+    answers = [(model(**batch).logits.float(), batch["labels"]) for batch in rows.draw()]
     logits, labels = (torch.cat(part).cpu().numpy() for part in zip(*answers))
     return glue.measure(rows.task, logits.argmax(-1) if logits.shape[1] > 1 else logits[:, 0], labels)
 
 
 def imitate(model, inputs):
-    """KL of the linear weights from softmax's, mean over the layers, while the model computes what its teacher does.
-
-    The two share all but the maps, so the teacher is `model` with softmax's output passed on, and what a layer reads
-    depends on no map.
-    """
+    """KL of the linear weights from softmax's, mean over the layers, while softmax's output is what is passed on: the
+    model computes what its teacher does, with which it shares all but the maps."""
     attentions = [m for m in model.modules() if isinstance(m, LinearBertAttention)]
     for attention in attentions:
-        attention.losses = []
+        attention.imitates = True
     model(**inputs)
-    losses = torch.stack([attention.losses.pop() for attention in attentions]).mean()
+    kl = torch.stack([attention.kl for attention in attentions]).mean()
     for attention in attentions:
-        attention.losses = None
-    return losses
+        attention.imitates, attention.kl = False, None
+    return kl
 
 
 @torch.no_grad()
 def faithfulness(model, rows):
     """The KL in nats over all rows, mean over tokens, heads and layers."""
-    parts = [(imitate(model, batch).item(), batch["attention_mask"].sum().item()) for batch in rows.batches()]
+    parts = [(imitate(model, batch).item(), batch["attention_mask"].sum().item()) for batch in rows.draw()]
     kl, n_tokens = zip(*parts)
     return float(np.average(kl, weights=n_tokens))
 
@@ -281,37 +236,34 @@ def fit(model, train, config, seed, stage, loss, value, groups, weight_decay=0.0
     groups: lists of parameters whose gradient is clipped together. Returns the best epoch and its value.
     """
     epochs, lr, mode = getattr(config, stage + "epochs"), getattr(config, stage + "lr"), model.training
-    n_steps = epochs * math.ceil(len(train.rows) / config.batch_size)
-    schedule = TrainConfig(lr=lr, steps=n_steps, warmup=round(config.warmup * n_steps), beta2=0.999,
-                           weight_decay=weight_decay)
+    schedule = TrainConfig(lr=lr, steps=epochs * len(train), warmup=round(config.warmup * epochs * len(train)),
+                           beta2=0.999, weight_decay=weight_decay)
     optimizer, rng = make_optimizer(model, schedule, model.device), np.random.default_rng(seed)
-    step, best, now = 0, -math.inf, torch.zeros(())
-    quiet = True if config.workers > 1 else None
-    with tqdm(total=n_steps, unit="step", desc=f"{train.task}, {stage or 'finetune_'}lr {lr}", leave=False,
-              disable=quiet) as bar:
-        for epoch in range(epochs + 1):
-            latest = value()
-            if not math.isfinite(latest) or not math.isfinite(now):
-                raise ValueError(f"the loss on {train.task}, seed {seed}, is not finite after epoch {epoch}: lower "
-                                 f"{flag(stage + 'lr')}")
-            if latest > best:
-                best, best_epoch, kept = latest, epoch, copy.deepcopy(model.state_dict())
-            bar.set_postfix(held_out=f"{latest:.3f}", best=f"{best:.3f} after epoch {best_epoch}")
-            if epoch == epochs or epoch - best_epoch == config.patience:
-                break
-            model.train(mode)
-            for batch in train.batches(rng):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, schedule) * group["lr_scale"]
-                now = loss(batch)
-                now.backward()
-                for group in groups:
-                    torch.nn.utils.clip_grad_norm_(group, config.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                bar.update()
-            now = now.detach()
+    step, best, now, quiet = 0, -math.inf, torch.zeros(()), True if config.workers > 1 else None
+    bar = tqdm(range(epochs + 1), f"{train.task}, {stage or 'finetune_'}epochs", leave=False, disable=quiet)
+    for epoch in bar:
+        latest = value()
+        if not math.isfinite(latest) or not math.isfinite(now):
+            raise ValueError(f"the loss on {train.task}, seed {seed}, is not finite after epoch {epoch}: lower "
+                             f"{flag(stage + 'lr')}")
+        if latest > best:
+            best, best_epoch, kept = latest, epoch, copy.deepcopy(model.state_dict())
+        bar.set_postfix(held_out=f"{latest:.3f}", best=f"{best:.3f} after epoch {best_epoch}")
+        if epoch == epochs or epoch - best_epoch == config.patience:
+            break
+        model.train(mode)
+        for batch in train.draw(rng):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, schedule) * group["lr_scale"]
+            now = loss(batch)
+            now.backward()
+            for group in groups:
+                torch.nn.utils.clip_grad_norm_(group, config.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+        now = now.detach()
+    bar.close()
     model.load_state_dict(kept)
     return best_epoch, best
 
@@ -337,23 +289,21 @@ def finetune(model, train, held_out, config, seed, stage=""):
 
 
 def convert(job, config):
-    """A job for a process: finetune softmax for (task, seed), and make of it each of the attentions in turn.
-
-    Returns {(task, attention, seed): what is to be told of it}.
-    """
+    """Finetune softmax, and make of it each of the attentions in turn. -> {(task, attention, seed): what came out}."""
     task, seed, attentions = job
     device, dtype, _ = pick_device(config.device, config.dtype)
     if config.workers > 1:
         torch.set_num_threads(max(1, os.cpu_count() // config.workers))
     torch.manual_seed(seed)                                                               # of the head
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         config.model, num_labels=len(glue.TASKS[task].labels) or 1, ignore_mismatched_sizes=True).float()
     restore(swap(model))  # what is no BERT is better refused now
     model.to(device).forward = torch.autocast(device.type, dtype, enabled=dtype is not None)(model.forward)
-    train, held_out, reported = load_rows(task, tokenizer, config, model)
+    train, held_out, reported = glue.load_batches(
+        task, config.data, config.limit, tokenizer=tokenizer, batch_size=config.batch_size, device=device,
+        max_length=min(config.max_length, model.config.max_position_embeddings))
     began, found = time.perf_counter(), {}
     taught = finetune(model, train, held_out, config, seed, "teacher_")
     teacher, teacher_score = copy.deepcopy(model.state_dict()), evaluate(model, reported)
@@ -382,10 +332,7 @@ def convert(job, config):
 
 
 def summarize(task, attention, runs, about):
-    """The row of the results for all runs of one attention on one task.
-
-    Softmax was finetuned once, as the teacher, and a second time as long as the others: the better mean counts.
-    """
+    """The row for all seeds. Softmax was finetuned twice, as the teacher and like the others: the better mean counts."""
     runs = sorted(runs, key=lambda r: r["seed"])
     means = {stage: {k: float(np.mean([r["stages"][stage][k] for r in runs])) for k in measures}
              for stage, measures in runs[0]["stages"].items()}
@@ -398,29 +345,25 @@ def summarize(task, attention, runs, about):
 
 
 def add_recovered(rows):
-    """"recovered" and its spread over the seeds, in percent of softmax's score on the task."""
+    """"recovered", in percent of softmax's score on the task."""
     softmax = {row["task"]: row["score"] for row in rows if row["attention"] == "softmax"}
     for row in rows:
         whole = softmax.get(row["task"], 0)
-        for name, value in (("recovered", row["score"]), ("recovered_std", row["std"])):
-            row[name] = 100 * value / whole if whole > 0 and value is not None else None
+        row["recovered"] = 100 * row["score"] / whole if whole > 0 else None
 
 
 def table(rows):
-    """One line for each task and attention, and the mean over tasks of what each attention recovered.
+    """A line for each row, and the mean over tasks. "held out": by this epochs were chosen, and rates should be."""
+    def show(value, scale=100):
+        return "-" if value is None else f"{scale * value:.1f}"
 
-    "held out" is the score by which epochs were chosen, and by which rates should be.
-    """
-    def show(*values, scale=1):
-        return " ± ".join(f"{scale * x:.1f}" for x in values if x is not None) or "-"
-
-    form = "{:6}{:22}{:>14}{:>16}{:>9}{:>9}{:>11}{:>11}{:>10}{:>7}{:>7}".format
-    lines = [form("task", "attention", "score", "recovered, %", *STAGES, "held out", "seeds", "s")]
+    form = "{:6}{:22}{:>7}{:>7}{:>14}{:>10}{:>9}{:>11}{:>11}{:>10}{:>7}{:>7}".format
+    lines = [form("task", "attention", "score", "std", "recovered, %", *STAGES, "held out", "seeds", "s")]
     for row in rows:
-        stages = (show(row["stages"].get(stage, {}).get("score"), scale=100) for stage in STAGES)
-        lines.append(form(row["task"], row["attention"], show(row["score"], row["std"], scale=100),
-                          show(row["recovered"], row["recovered_std"]), *stages, show(row["held_out"], scale=100),
-                          row["seeds"], f"{row['seconds']:.0f}"))
+        stages = (row["stages"].get(stage, {}).get("score") for stage in STAGES)
+        scores = show(row["score"]), show(row["std"]), show(row["recovered"], 1), *map(show, stages)
+        lines.append(form(row["task"], row["attention"], *scores, show(row["held_out"]), row["seeds"],
+                          f"{row['seconds']:.0f}"))
     for attention in dict.fromkeys(row["attention"] for row in rows):
         those = [row["recovered"] for row in rows if row["attention"] == attention and row["recovered"] is not None]
         if those and attention != "softmax":
