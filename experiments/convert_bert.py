@@ -79,16 +79,16 @@ class BertConfig:
     clip: float = opt(1.0, "largest norm of the gradient; in stage 1 of each layer's")
     # machine
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "of matrix products; auto: bfloat16 where the GPU has it; float32 suits a BERT as small as "
-                     "MiniLM better", ("auto", "float32", "bfloat16"))
+    dtype: str = opt("auto", "of matrix products; auto: bfloat16 where the GPU has it; for a BERT as small as "
+                     "MiniLM float32 is faster", ("auto", "float32", "bfloat16"))
     workers: int = opt(1, "pairs of a task and a seed at once, each in a process, on one GPU too")
     out: str = opt("experiments/results/bert.json", "the rows; the same command again goes on with what they lack")
 
     def __post_init__(self):
-        for name, least in dict(limit=0, max_length=8, batch_size=1, teacher_epochs=0, distill_epochs=0, epochs=0,
-                                patience=1, workers=1).items():
-            if getattr(self, name) < least or min(self.seeds) < 0:
-                raise ValueError(f"{flag(name)} must be at least {least} and --seeds 0")
+        for name, least in dict(seeds=0, limit=0, max_length=8, batch_size=1, teacher_epochs=0, distill_epochs=0,
+                                epochs=0, patience=1, workers=1).items():
+            if np.min(getattr(self, name)) < least:
+                raise ValueError(f"{flag(name)} must be at least {least}")
 
 
 
@@ -163,10 +163,8 @@ def visible_keys(mask, x):
 
 
 def swap(model, kind="hedgehog", maps=None):
-    """Give every self-attention of a transformers BERT, in place, linear attention with fresh maps, or `maps`.
-
-    maps: what `maps_of` gave for a model of this shape. ValueError if the model is no encoder-only BERT.
-    """
+    """Give every self-attention of a transformers BERT, in place, linear attention with fresh maps, or with `maps`, what
+    `maps_of` gave for a model of this shape. ValueError if the model is no encoder-only BERT."""
     config, layers = model.config, [m for m in model.modules() if isinstance(m, BertAttention)]
     if not layers or config.is_decoder or not all(isinstance(layer.self, BertSelfAttention) for layer in layers):
         raise ValueError(f"{type(model).__name__} ({config.model_type}) must be a bert encoder that is not swapped "
@@ -225,16 +223,13 @@ def imitate(model, inputs):
 @torch.no_grad()
 def faithfulness(model, rows):
     """The KL in nats over all rows, mean over tokens, heads and layers."""
-    parts = [(imitate(model, batch).item(), batch["attention_mask"].sum().item()) for batch in rows.draw()]
-    kl, n_tokens = zip(*parts)
+    kl, n_tokens = zip(*((imitate(model, batch).item(), batch["attention_mask"].sum().item()) for batch in rows.draw()))
     return float(np.average(kl, weights=n_tokens))
 
 
 def fit(model, train, config, seed, stage, loss, value, groups, weight_decay=0.0):
-    """AdamW on loss(batch) for the epochs and at the rate of a stage; the weights with the best value() are kept.
-
-    groups: lists of parameters whose gradient is clipped together. Returns the best epoch and its value.
-    """
+    """AdamW on loss(batch) as `config` says for a stage; the weights with the best value() are kept. groups: lists of
+    parameters whose gradient is clipped together. Returns the best epoch and its value."""
     epochs, lr, mode = getattr(config, stage + "epochs"), getattr(config, stage + "lr"), model.training
     schedule = TrainConfig(lr=lr, steps=epochs * len(train), warmup=round(config.warmup * epochs * len(train)),
                            beta2=0.999, weight_decay=weight_decay)
@@ -296,6 +291,7 @@ def convert(job, config):
         torch.set_num_threads(max(1, os.cpu_count() // config.workers))
     torch.manual_seed(seed)                                                               # of the head
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         config.model, num_labels=len(glue.TASKS[task].labels) or 1, ignore_mismatched_sizes=True).float()
@@ -332,7 +328,7 @@ def convert(job, config):
 
 
 def summarize(task, attention, runs, about):
-    """The row for all seeds. Softmax was finetuned twice, as the teacher and like the others: the better mean counts."""
+    """The row for all seeds. Softmax was finetuned twice, as teacher and like the others: the better mean counts."""
     runs = sorted(runs, key=lambda r: r["seed"])
     means = {stage: {k: float(np.mean([r["stages"][stage][k] for r in runs])) for k in measures}
              for stage, measures in runs[0]["stages"].items()}

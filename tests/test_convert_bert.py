@@ -628,7 +628,7 @@ def test_held_out_rows_are_no_training_rows_and_batches_hold_every_row_once(worl
 
 @pytest.mark.parametrize("flags, what", [
     (("--batch-size", "0"), "--batch-size must be at least 1"),
-    (("--seeds", "-1"), "--seeds 0"),
+    (("--seeds", "-1"), "--seeds must be at least 0"),
     (("--model", "./no/such/folder"), "./no/such/folder"),
     (("--limit", "1"), "too few to hold one out: raise --limit"),
     (("--teacher-lr", "1e30"), "is not finite after epoch 1: lower --teacher-lr"),
