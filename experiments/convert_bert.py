@@ -163,7 +163,7 @@ def visible_keys(mask, x):
 
 
 def swap(model, kind="hedgehog", maps=None):
-    """Give every self-attention of a transformers BERT, in place, linear attention with fresh maps, or with `maps`, what
+    """Give every self-attention of a transformers BERT, in place, linear attention with fresh maps, or `maps`, which
     `maps_of` gave for a model of this shape. ValueError if the model is no encoder-only BERT."""
     config, layers = model.config, [m for m in model.modules() if isinstance(m, BertAttention)]
     if not layers or config.is_decoder or not all(isinstance(layer.self, BertSelfAttention) for layer in layers):
