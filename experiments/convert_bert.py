@@ -125,7 +125,8 @@ class LinearBertAttention(nn.Module):
         keep = visible_keys(attention_mask, x)                                            # (B, T)
         if self.imitates:  # stage 1: the maps learn, and what is passed on is the teacher's
             q, k = q.detach(), k.detach()
-            cross_entropy, entropy = imitation_loss(q, k, self.map_q(q, is_query=True), self.map_k(k), keep)
+            cross_entropy, entropy = imitation_loss(q, k, self.map_q(q, is_query=True), self.map_k(k), keep,
+                                                    causal=False)
             self.kl = cross_entropy - entropy
             return self.softmax[0].train(self.training)(x, attention_mask, **kwargs)
         phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k)                        # (B, H, T, P)

@@ -244,7 +244,7 @@ def random_heads(T=7, scale=1.0):
 def test_the_loss_is_the_mean_over_words_of_the_explicit_cross_entropy():
     (q, k), keep = random_heads(), torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1]]).bool()
     phi_q, phi_k = q.softmax(-1), k.softmax(-1)
-    loss, entropy = imitation_loss(q, k, phi_q, phi_k, keep)
+    loss, entropy = imitation_loss(q, k, phi_q, phi_k, keep, causal=False)
     losses, entropies = [], []
     for b in range(3):
         words = keep[b].nonzero()[:, 0]
@@ -264,7 +264,7 @@ def test_no_features_get_below_the_entropy_with_padding_too(scale):
         phi_q, phi_k = (scale * torch.rand(3, 2, 7, 8) for _ in range(2))
         keep = torch.rand(3, 7) > 0.3
         keep[2] = False  # a row without a token
-        loss, entropy = imitation_loss(q, k, phi_q.requires_grad_(True), phi_k.requires_grad_(True), keep)
+        loss, entropy = imitation_loss(q, k, phi_q.requires_grad_(True), phi_k.requires_grad_(True), keep, causal=False)
         assert loss.isfinite() and loss >= entropy - 1e-6
         assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (phi_q, phi_k)))
 
@@ -272,10 +272,10 @@ def test_no_features_get_below_the_entropy_with_padding_too(scale):
 def test_exact_features_reach_the_floor_and_padding_has_no_say():
     (q, k), keep = random_heads(), torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 2 + [0] * 5]).bool()
     phi_k = torch.eye(7, dtype=torch.float64).expand(3, 2, 7, 7)
-    loss, entropy = imitation_loss(q, k, (q @ k.mT / 2).exp(), phi_k, keep)
+    loss, entropy = imitation_loss(q, k, (q @ k.mT / 2).exp(), phi_k, keep, causal=False)
     assert loss.item() == pytest.approx(entropy.item(), abs=1e-12)
     noise = [x.masked_fill(~keep[:, None, :, None], 50.0) for x in (q, k)]
-    assert [x.item() for x in imitation_loss(*noise, (q @ k.mT / 2).exp(), phi_k, keep)] == pytest.approx(
+    assert [x.item() for x in imitation_loss(*noise, (q @ k.mT / 2).exp(), phi_k, keep, False)] == pytest.approx(
         [loss.item(), entropy.item()], rel=1e-12)
 
 
