@@ -1,6 +1,10 @@
+import os
 from contextlib import contextmanager
 
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on every machine; GPUs: experiments/check_triton.py
+os.environ["TRITON_INTERPRET"] = "1"     # before any package imports Triton, whose own functions are defined there
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors of the tests are so small that threads would only wait for each other
 

@@ -1,7 +1,6 @@
-"""The fused kernels against float64, in Triton's interpreter on the CPU. On a GPU: experiments/check_triton.py."""
+"""The fused kernels against float64, in Triton's interpreter (see conftest.py). On a GPU: experiments/check_triton.py."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +12,6 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
     pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hedgehog_triton
