@@ -350,7 +350,7 @@ def over_processes(values, device, world):
 
 def make_optimizer(model, config, device):
     """AdamW. Matrices decay, vectors do not, and the feature maps are groups of their own for their learning rate."""
-    groups = {}
+    groups, map_decay = {}, getattr(config, "map_decay", True)  # the configs of experiments/ are shorter
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -358,7 +358,7 @@ def make_optimizer(model, config, device):
         groups.setdefault((is_map, is_matrix), []).append(p)
     return torch.optim.AdamW(
         [dict(params=params, lr_scale=config.map_lr_scale if is_map else 1.0,
-              weight_decay=config.weight_decay if is_matrix and (config.map_decay or not is_map) else 0.0)
+              weight_decay=config.weight_decay if is_matrix and (map_decay or not is_map) else 0.0)
          for (is_map, is_matrix), params in groups.items()],
         lr=config.lr, betas=(0.9, config.beta2), fused=device.type == "cuda")
 
@@ -367,7 +367,8 @@ def learning_rate(step, config):
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+    lowest = getattr(config, "final_lr", 0.1)
+    return config.lr * (lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def write_atomically(path, write):
