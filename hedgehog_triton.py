@@ -30,7 +30,7 @@ Bounds: a chunk's work is a chain of small products, reductions and barriers, an
 programs a multiprocessor. On an H100 an instruction is issued in 28 of 100 cycles; what is waited for is memory (a
 third to two fifths of the samples) and the last instruction's result, while DRAM (27 %) and tensor cores idle. A
 spilled register costs more than it looks, since two programs leave little cache beside their shared memory: masks and
-offsets within a chunk in 32 bits made a tenth fewer instructions, a third of the spills, and grad_kv 13 % faster.
+offsets within a chunk in 32 bits made 7 % fewer instructions, but fewer spills by far, and grad_kv 12 % faster.
 
 Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (more than a quarter
 of its instructions went to spilled registers); a third program a multiprocessor (168 registers: 1.4 to 1.8 times as
@@ -287,13 +287,13 @@ def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
             store_chunk_state(chunks, z, bh * N + chunk, 0, cols, vcols, DV, Sp, zp, block == 0)
             store_chunk_state(chunks, z, bh * N + chunk, 1, cols, vcols, DV, Sm, zm, block == 0)
         raw = load_tile(x, start, rows, xt, cols, n, dtype)
-        inside = (rows < n).to(tl.float32)
+        scale = (rows < n).to(tl.float32)
         after = start + (-L if BACKWARD else L)
         prefetch(x, after, rows, xt, HP, T, PREFETCH)
         prefetch(y, after, rows, yt, DV, T, PREFETCH)
         if BACKWARD:
             prefetch(o, after, rows, ot, DV, T, PREFETCH)
-            inside = load_reciprocal(den, bh * T + start, rows, n)
+            scale = load_reciprocal(den, bh * T + start, rows, n)
             delta = tl.zeros((L,), tl.float32)
             for j in tl.static_range(DV // BV):
                 c = j * BV + tl.arange(0, BV)
@@ -303,7 +303,7 @@ def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
                 if block == 0:
                     tl.store(deltas + bh * T + start + rows, delta, mask=rows < n)
         value = load_tile(y, start, rows, yt, vcols, n, dtype)
-        p, m = features(raw, x, start, rows, xt, cols, W, B, n, inside[:, None], MAP, BIAS, PREC)
+        p, m = features(raw, x, start, rows, xt, cols, W, B, n, scale[:, None], MAP, BIAS, PREC)
         if BACKWARD:
             zp += tl.sum(p * delta[:, None], axis=0)
             zm += tl.sum(m * delta[:, None], axis=0)
@@ -453,8 +453,8 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
         raw = load_tile(k, start, rows, kt, cols, n, dtype)
         dy = load_tile(do, start, rows, gt, tl.arange(0, BV), n, dtype)
         inside = (rows < n).to(tl.float32)
-        r_q = load_reciprocal(den, start, rows, n)
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, r_q[:, None], MAP, BIAS, PREC)  # phi_q / den
+        scale = load_reciprocal(den, start, rows, n)
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, scale[:, None], MAP, BIAS, PREC)  # psi_q
         qp, qm = qp.to(dtype), qm.to(dtype)
         kp, km = features(raw, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
@@ -531,6 +531,7 @@ def projections_like(*tensors):
 
 
 def prefix(sums, first, last, states, z, opt, backward):
+    """`prefix_kernel` over sums (B H, n_seg, P (DV + 1)); `first`, `last`, and `states` and `z`, may be None."""
     n_seg, size = sums.shape[1:]
     prefix_kernel[(sums.shape[0], triton.cdiv(size, 1024))](
         sums, first, last, states, z, n_seg, HP=opt["HP"], DV=opt["DV"], HAS_FIRST=first is not None,
@@ -538,8 +539,9 @@ def prefix(sums, first, last, states, z, opt, backward):
 
 
 def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None,
-                      wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None, state: torch.Tensor | None, return_state: bool,
-                 eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                      wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None,
+                      state: torch.Tensor | None, return_state: bool,
+                      eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, den (B, H, T), the state after the last token (B, H, P, D+1), or an empty one)."""
     B, H, T, _ = q.shape
     opt = options(q, v, wq is not None, bq is not None)
@@ -573,15 +575,17 @@ def attention_fake(q, k, v, wq, wk, bq, bk, state, return_state, eps):
 
 
 def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                wq: torch.Tensor | None, wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None,
-                state: torch.Tensor | None, o: torch.Tensor, den: torch.Tensor) -> list[torch.Tensor]:
+                     wq: torch.Tensor | None, wk: torch.Tensor | None, bq: torch.Tensor | None,
+                     bk: torch.Tensor | None, state: torch.Tensor | None, o: torch.Tensor,
+                     den: torch.Tensor) -> list[torch.Tensor]:
     """[dq, dk, dv, dwq, dwk, dbq, dbk, dstate]; those that nothing asked for are empty."""
     B, H, T, _ = q.shape
     if do.stride(-1) != 1 or do.stride(2) >= 2**24:
         do = do.contiguous()
     opt = options(q, v, wq is not None, bq is not None)
     HP, float32 = opt["HP"], torch.float32
-    seg = CHUNKS_PER_PROGRAM * opt["L"]
+    n_chunks = -(-T // opt["L"])
+    seg = max(CHUNKS_PER_PROGRAM, -(-n_chunks // 65535)) * opt["L"]  # 65,535 is the most that a grid may have
     grid = (B * H, -(-T // seg))
 
     def parts(w, b):
@@ -594,7 +598,7 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     deltas = torch.empty_like(den)
     dstate = torch.empty_like(state) if state is not None else None
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    n_blocks, n_chunks, size = opt["DV"] // opt["BV"], -(-T // opt["L"]), 2 * HP * (opt["DV"] + 1)
+    n_blocks, size = opt["DV"] // opt["BV"], 2 * HP * (opt["DV"] + 1)
     # Segments cost the gradient kernels about as much as 20 more chunks of this walk.
     walk_tokens, n_seg = segments(2 * B * H * n_blocks, T, opt["L"], q.device, lambda c, n: n + 20 * (c > 1))
     if n_seg > 1:  # a program of the gradient kernels reads from one segment alone
@@ -621,8 +625,8 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
                          *dk.stride()[:3], *dv.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1,
                          **opt)
     grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, zs, s0, zs0, do, den, deltas, dq, dwq, dbq, *strides,
-                        *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, PREFETCH=PREFETCH,
-                         num_stages=1, **opt)
+                        *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, PREFETCH=PREFETCH, num_stages=1,
+                        **opt)
     empty = lambda: q.new_empty(0, dtype=float32)
     sums = [empty() if x is None else x.sum(dim=(0, 2)).to(w.dtype)
             for x, w in ((dwq, wq), (dwk, wk), (dbq, bq), (dbk, bk))]
@@ -642,7 +646,7 @@ def save_for_backward(ctx, inputs, output):
     ctx.return_state = return_state
 
 
-def run_backward(ctx, do, dden, ds1):
+def run_backward(ctx, do, _, ds1):
     *inputs, o, den = ctx.saved_tensors
     grads = torch.ops.hedgehog.attention_backward(do, ds1 if ctx.return_state else None, *inputs, o, den)
     return (*(g if x is not None else None for g, x in zip(grads, inputs)), None, None)
