@@ -88,8 +88,8 @@ def perplexities(path):
     names = {row["name"]: row["name"] + (f", {row['tokens'] / 1e6:.0f}M tokens, {row['data']}" if several else "")
              for row in rows}
     fig, [[ax]] = figure(height=0.9 + 0.36 * len(rows))
-    bars(ax, list(names.values()), [row["test_ppl"] for row in rows], "perplexity per GPT-2 token, WikiText-103 test "
-         "split" + ("" if several else f" (trained on {rows[0]['tokens'] / 1e6:.0f}M tokens of {rows[0]['data']})"))
+    trained = "" if several else f" after {rows[0]['tokens'] / 1e6:.0f}M tokens of {rows[0]['data']}"
+    bars(ax, list(names.values()), [row["test_ppl"] for row in rows], f"test perplexity{trained}")
     for bar, row in zip(ax.patches, rows):
         bar.set_color(color(row["attention"]))
     softmax = next((row for row in rows if row["attention"] == "softmax"), None)
