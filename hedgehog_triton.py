@@ -505,13 +505,16 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
 PREFETCH = isinstance(forward_kernel, triton.JITFunction)  # no inline assembly in the interpreter
 
 
-def segments(programs, T, L, device, cost):
-    """(tokens of a segment, how many): cut T so that whole waves of programs, each of which lasts cost(c, chunks) when
-    cut into c segments of so many chunks, take the least time."""
+def segments(programs, T, L, device, slower, extra):
+    """(tokens of a segment, how many): what takes the least time, in whole waves of programs on the GPU, if cut a chunk
+    takes `slower` times as long, and as much as `extra` chunks comes once on top."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     slots, n_chunks = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, -(-T // L)
-    time = {c: -(-programs * c // slots) * cost(c, -(-n_chunks // c)) for c in range(1, min(n_chunks, 64) + 1)}
-    chunks = -(-n_chunks // min(time, key=time.get))
+
+    def time(c):
+        walk = -(-programs * c // slots) * -(-n_chunks // c)
+        return walk if c == 1 else slower * walk + extra
+    chunks = -(-n_chunks // min(range(1, min(n_chunks, 64) + 1), key=time))
     return chunks * L, -(-n_chunks // chunks)
 
 
@@ -547,8 +550,8 @@ def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: tor
     opt = options(q, v, wq is not None, bq is not None)
     o, den, s1 = attention_outputs(q, v, wq, return_state)
     n_blocks, size = opt["DV"] // opt["BV"], 2 * opt["HP"] * (opt["DV"] + 1)
-    # To walk for the sums of the segments first takes half as long again.
-    seg, n_seg = segments(B * H * n_blocks, T, opt["L"], q.device, lambda c, n: n if c == 1 else 1.5 * n + 2)
+    # The sums of the segments first: a walk of 0.4 times the length, and the prefix. (Measured, as below, on an H100.)
+    seg, n_seg = segments(B * H * n_blocks, T, opt["L"], q.device, 1.4, 4)
     s0 = state
     if n_seg > 1:
         s0 = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
@@ -599,8 +602,8 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     dstate = torch.empty_like(state) if state is not None else None
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     n_blocks, size = opt["DV"] // opt["BV"], 2 * HP * (opt["DV"] + 1)
-    # Segments cost the gradient kernels about as much as 20 more chunks of this walk.
-    walk_tokens, n_seg = segments(2 * B * H * n_blocks, T, opt["L"], q.device, lambda c, n: n + 20 * (c > 1))
+    # Segments are walked once, but the gradient kernels read more: as much as 20 chunks of this walk.
+    walk_tokens, n_seg = segments(2 * B * H * n_blocks, T, opt["L"], q.device, 1.0, 20)
     if n_seg > 1:  # a program of the gradient kernels reads from one segment alone
         walk_tokens = -(-walk_tokens // seg) * seg
         n_seg = -(-T // walk_tokens)

@@ -4,10 +4,10 @@
     compute-sanitizer --tool memcheck  python experiments/check_triton.py --small
     compute-sanitizer --tool racecheck python experiments/check_triton.py --small
 
-Errors are relative: |ours - exact| / |exact|; a gradient that is zero must be below 2 % of |dv|. For bfloat16 and float16 the bound
-is twice what rounding alone costs: of the inputs, the incoming gradient among them (the exact function of rounded
-inputs against that of the inputs), or of the result, whichever is more. For float32 it is 1e-4. Each case runs twice at
-least, and all runs must agree to the last bit.
+Errors are relative: |ours - exact| / |exact|; a gradient that is zero must be below 2 % of |dv|. For bfloat16 and
+float16 the bound is twice what rounding alone costs: of the inputs, the incoming gradient among them (the exact function
+of rounded inputs against that of the inputs), or of the result, whichever is more. For float32 it is 1e-4. Each case
+runs twice at least, and all runs must agree to the last bit.
 """
 
 import argparse
