@@ -169,10 +169,6 @@ def swap(teacher, config):
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
     new, left = student.load_state_dict(weights, strict=False)
     assert not left and all(".map_" in name for name in new)
-    with torch.no_grad():
-        for name, p in maps_of(student).items():
-            if name.endswith("weight"):
-                p.mul_(config.map_scale)
     if config.maps:
         load_maps(student, config.maps)
     return student

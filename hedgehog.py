@@ -54,13 +54,16 @@ class FeatureMap(nn.Module):
     cosformer      [relu(x) cos a, relu(x) sin a], a = pi t / 2M      2D          Qin et al. 2022; M = max_len
     taylor         [1, x, (x outer x) / sqrt 2]: 1 + s + s^2 / 2      1 + D + D^2 Keles et al. 2023
 
-    `weight` is (H, D, D), the identity at the start, `bias` (H, D), zero at the start. performer and taylor estimate
-    exp(q.k / sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is. Features are float32 at least, also
-    under autocast: they span too many orders of magnitude for less.
+    `weight` is (H, D, D), `scale` (1) times the identity at the start, `bias` (H, D), zero at the start. performer and
+    taylor estimate exp(q.k / sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is. Features are float32
+    at least, also under autocast: they span too many orders of magnitude for less.
+    learn_temperature, not in the paper: W = weight exp(log_temperature), one number a head and map, 0 at the start. The
+    same functions, but how peaked they are has a parameter of its own, which weight decay does not touch.
     flash-linear-attention differs: one joint softmax of [2xW, -2xW] and one W for all heads.
     """
 
-    def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, temperature=1.0, n_features=None, max_len=1024):
+    def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, temperature=1.0, n_features=None, max_len=1024,
+                 scale=1.0, learn_temperature=False):
         super().__init__()
         if kind not in FEATURE_MAPS:
             raise ValueError(f"unknown feature map {kind!r}: choose one of {', '.join(FEATURE_MAPS)}")
@@ -69,10 +72,15 @@ class FeatureMap(nn.Module):
         self.feature_dim = {"performer": m, "taylor": 1 + D + D * D, "hedgehog": 2 * D, "hedgehog_exp": 2 * D,
                             "cosformer": 2 * D}.get(kind, D)
         learned = kind in ("hedgehog", "hedgehog_exp", "t2r")
-        self.weight = nn.Parameter(torch.eye(D).repeat(H, 1, 1)) if learned else None
+        self.weight = nn.Parameter(scale * torch.eye(D).repeat(H, 1, 1)) if learned else None
         self.bias = nn.Parameter(torch.zeros(H, D)) if learned and (bias or kind == "t2r") else None
+        self.log_temperature = nn.Parameter(torch.zeros(H)) if learned and learn_temperature else None
         if kind == "performer":
             self.register_buffer("projection", orthogonal_gaussian(H, m, D))
+
+    def W(self):
+        """(H, D, D): the weight, times the temperature of its head if that is learned."""
+        return self.weight if self.log_temperature is None else self.weight * self.log_temperature.exp()[:, None, None]
 
     def forward(self, x, offset=0, is_query=False):
         """x (B, H, T, D) -> (B, H, T, P). `offset`: position of x[:, :, 0] (cosformer). `is_query`: see `safe_exp`;
@@ -81,7 +89,7 @@ class FeatureMap(nn.Module):
             x = at_least_float32(x)
             u = x
             if self.weight is not None:
-                u = x @ self.weight.to(x.dtype)                                  # (B, H, T, D) @ (H, D, D)
+                u = x @ self.W().to(x.dtype)                                     # (B, H, T, D) @ (H, D, D)
             if self.bias is not None:
                 u = u + self.bias.to(x.dtype).unsqueeze(-2)
             if self.kind == "hedgehog":
@@ -322,7 +330,7 @@ class LinearAttention(nn.Module):
         if form == "auto" and q.dtype == k.dtype == v.dtype:
             kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map)
         if kernels and has_map:
-            return kernels.fused_attention(q, k, v, self.map_q.weight, self.map_k.weight, self.map_q.bias,
+            return kernels.fused_attention(q, k, v, self.map_q.W(), self.map_k.W(), self.map_q.bias,
                                            self.map_k.bias, state, return_state)
         if kernels or form not in ("auto", "chunked") or not 0 < self.segment_size < q.shape[2]:
             return self.attend(q, k, v, form, state, return_state, offset)
@@ -360,6 +368,8 @@ class GPTConfig:
     feature_bias: bool = False
     tie_qk: bool = False
     temperature: float = 1.0  # of the `exp` map alone
+    map_scale: float = 1.0  # the maps' W starts at this times the identity
+    learn_temperature: bool = False  # of the maps with a W, one a head
     chunk_size: int = 64  # tokens whose weights are formed at once
     segment_size: int = 256  # tokens whose features are held at once in training; 0: all
 
@@ -386,7 +396,8 @@ class CausalSelfAttention(nn.Module):
         if config.attention != "softmax":
             self.linear = LinearAttention(
                 config.n_head, C // config.n_head, config.attention, config.feature_bias, config.tie_qk,
-                config.chunk_size, config.segment_size, temperature=config.temperature, max_len=config.block_size)
+                config.chunk_size, config.segment_size, temperature=config.temperature, max_len=config.block_size,
+                scale=config.map_scale, learn_temperature=config.learn_temperature)
 
     def forward(self, x, cache=None):
         """x (B, T, C) -> (B, T, C). `cache`: this layer's dict, which holds the past and is updated in place."""

@@ -128,6 +128,17 @@ def test_a_learned_map_starts_as_the_identity_with_a_bias_only_where_asked(kind)
     assert_close(phi.weight, torch.eye(4).expand(3, 4, 4), **EXACTLY)
     assert (phi.bias is not None) == (kind == "t2r")  # T2R has no version without
     assert_close(FeatureMap(3, 4, kind, bias=True).bias, torch.zeros(3, 4), **EXACTLY)
+    assert_close(FeatureMap(3, 4, kind, scale=0.7).weight, 0.7 * torch.eye(4).expand(3, 4, 4), **EXACTLY)
+
+
+@pytest.mark.parametrize("kind", ["hedgehog", "hedgehog_exp", "t2r"])
+def test_a_learned_temperature_scales_the_W_of_its_head_and_starts_at_one(kind):
+    phi, plain, x = FeatureMap(2, 4, kind, learn_temperature=True), FeatureMap(2, 4, kind), torch.randn(1, 2, 5, 4)
+    assert_close(phi(x), plain(x), **EXACTLY)
+    with torch.no_grad():
+        phi.log_temperature.copy_(torch.tensor([0.0, 2.0]).log())  # e^-inf = 0 and 2
+        plain.weight *= torch.tensor([0.0, 2.0])[:, None, None]
+    assert_close(phi(x), plain(x))
 
 
 def test_q_and_k_have_a_map_each_unless_tied():
@@ -142,11 +153,12 @@ def test_q_and_k_have_a_map_each_unless_tied():
 
 def test_the_config_reaches_the_maps():
     model = GPT(GPTConfig(block_size=12, n_layer=1, n_head=2, n_embd=8, feature_bias=True, temperature=2.5,
-                          chunk_size=3, segment_size=5))
+                          chunk_size=3, segment_size=5, map_scale=0.5, learn_temperature=True))
     linear = model.transformer.h[0].attn.linear
     assert (linear.chunk_size, linear.segment_size) == (3, 5)
     for phi in (linear.map_q, linear.map_k):
         assert (phi.bias is not None, phi.temperature, phi.max_len) == (True, 2.5, 12)
+        assert phi.weight[0, 0, 0] == 0.5 and phi.log_temperature.shape == (2,)
 
 
 def test_taylors_kernel_is_the_second_order_expansion_of_softmaxs():

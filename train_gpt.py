@@ -4,6 +4,7 @@
     python train_gpt.py --attention softmax                the same run with softmax attention
     python train_gpt.py --data DIR                         your own text, made by data/prepare.py
     python train_gpt.py --preset wikitext103               the paper's from-scratch experiment
+    python train_gpt.py --preset wikitext103-fast          the same model, in about 10 minutes on one H100
     torchrun --nproc-per-node 8 train_gpt.py ...           the same run on several GPUs
 
 A run is a folder: config.json, log.csv (one row an evaluation), last.pt and best.pt, summary.json. Add --resume to the
@@ -39,6 +40,9 @@ from data.prepare import load_tokenizer, prepare_pydoc
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 
 HERE = Path(__file__).resolve().parent
+# Dense bf16 TFLOP/s of the makers' data sheets, by a part of the device's name; the first that fits.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362,
+               "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
 LORA_SCALE = 2.0  # alpha / rank, the paper's 16 / 8, kept at every rank
 
 
@@ -57,7 +61,8 @@ def opt(default, help, choices=None):
 
 @dataclass
 class TrainConfig:
-    preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "wikitext103"))
+    preset: str = opt("tiny", "named set of defaults; any flag overrides it",
+                      ("tiny", "wikitext103", "wikitext103-fast"))
     attention: str = opt("hedgehog", "softmax, or the feature map of linear attention", ATTENTIONS)
     data: str = opt("", "folder made by data/prepare.py; default: data/pydoc, made on the fly")
     out: str = opt("", "folder of the run; default: runs/PRESET-ATTENTION")
@@ -73,6 +78,8 @@ class TrainConfig:
     feature_bias: bool = opt(False, "bias in the feature maps")
     tie_qk: bool = opt(False, "one feature map for queries and keys")
     temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
+    map_scale: float = opt(1.0, "feature maps start from this times the identity")
+    learn_temperature: bool = opt(False, "one more learned number a head and map, exp(number) times W")
     chunk_size: int = opt(64, "tokens whose attention weights are formed at once (linear attention)")
     segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
     # optimisation
@@ -81,8 +88,10 @@ class TrainConfig:
     accum: int = opt(1, "micro-batches a step; doubling it halves the memory, not the batch")
     lr: float = opt(4e-3, "peak learning rate")
     map_lr_scale: float = opt(1.0, "learning rate of the feature maps, times --lr")
-    warmup: int = opt(100, "steps of linear warm-up; a cosine to a tenth of --lr follows")
+    warmup: int = opt(100, "steps of linear warm-up; a cosine to --final-lr follows")
+    final_lr: float = opt(0.1, "learning rate at the end, times --lr")
     weight_decay: float = opt(0.1, "on matrices only")
+    map_decay: bool = opt(True, "also on the feature maps, whose W it pulls from the identity towards zero")
     beta2: float = opt(0.99, "AdamW's second moment")
     clip: float = opt(1.0, "largest norm of the gradient")
     lora_rank: int = opt(0, "train low-rank updates of the attention's projections and nothing else; 0: all weights")
@@ -97,8 +106,8 @@ class TrainConfig:
     sample_tokens: int = opt(200, "length of that sample")
 
     def __post_init__(self):
-        least = dict(steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, weight_decay=0,
-                     seed=0, lora_rank=0, sample_tokens=0)
+        least = dict(steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, final_lr=0,
+                     weight_decay=0, seed=0, lora_rank=0, sample_tokens=0)
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:
                 raise ValueError(f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}")
@@ -114,6 +123,11 @@ PRESETS = {
         data="data/wikitext103", n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.1, steps=22500,
         batch_size=512, accum=32, lr=6e-4, warmup=225, beta2=0.999, eval_every=225, chunk_size=128, segment_size=0,
         compile=True),
+    # The same model within about 10 minutes of one H100, compilation and evaluation included: 197M tokens, at the
+    # 467,000 tokens/s that softmax reaches there, take 7. A first guess, still to be tuned on validation.
+    "wikitext103-fast": dict(
+        data="data/wikitext103", n_layer=12, n_head=12, n_embd=768, block_size=1024, steps=6000, batch_size=32, lr=1e-3,
+        warmup=300, beta2=0.95, eval_every=500, chunk_size=128, segment_size=0, compile=True),
 }
 MAY_CHANGE_ON_RESUME = {"preset", "data", "out", "resume", "accum", "device", "compile", "eval_every", "prompt",
                         "sample_tokens"}
@@ -192,10 +206,11 @@ def load_data(folder, block_size):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         vocab_size, counts = int(meta["vocab_size"]), {k: int(meta["tokens"][k]) for k in meta["tokens"]}
-        if not {"tokenizer", "unit", "words", "sha256"} <= meta.keys() or not {"train", "valid"} <= counts.keys():
+        needed = {"tokenizer", "unit", "words", "lines", "sha256"}
+        if not needed <= meta.keys() or not {"train", "valid"} <= counts.keys():
             raise KeyError
     except (ValueError, TypeError, LookupError, AttributeError):
-        raise ValueError(f"{folder / 'meta.json'} is damaged: {remedy}") from None
+        raise ValueError(f"{folder / 'meta.json'} is damaged, or of an earlier version: {remedy}") from None
     data = {"meta": meta}
     for split, count in counts.items():
         path = folder / f"{split}.bin"
@@ -268,12 +283,17 @@ def perplexity(nats):
 
 
 def evaluate_splits(model, data, block_size, batch_size, device, autocast):
-    """Nats and perplexity on the validation split, and on the test split if there is one, as summary.json has them."""
+    """Nats and perplexity on the validation split, and on the test split if there is one, as summary.json has them.
+
+    The perplexity per word shares the same nats out among the words, as WikiText counts them: what stands between
+    whitespace, and one end-of-sentence for each line, empty ones too (245,569 in WikiText-103's test split).
+    """
     results = {}
     for split in ("valid", "test"):
         if split in data:
             nats = evaluate(model, data[split], block_size, batch_size, device, autocast)
-            per_word = perplexity(nats * (len(data[split]) - 1) / data["meta"]["words"][split])
+            words = data["meta"]["words"][split] + data["meta"]["lines"][split]
+            per_word = perplexity(nats * (len(data[split]) - 1) / words)
             results |= {f"{split}_nats": nats, f"{split}_ppl": perplexity(nats), f"{split}_ppl_per_word": per_word}
     return results
 
@@ -282,9 +302,39 @@ def peak_gib(device):
     return torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
 
 
+def training_flops(model):
+    """Model FLOPs of a training step for each token: what the equations need, however they are computed.
+
+    6 for each weight of a matrix product (2 forward, 4 backward), the output matrix included, the embeddings not; and
+    three times the attention's forward. That is in a layer, with P features a head,
+        softmax    2 T C                           two products of width D with the T / 2 keys before, on average
+        linear     4 P (D + 1) H + maps of q, k    the state takes up a token and answers it: the recurrent form
+    so recomputed features and the products inside a chunk count as overhead, not as work done.
+    """
+    c, linear = model.config, model.transformer.h[0].attn.linear
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    attention, D = 2 * c.block_size * c.n_embd, c.n_embd // c.n_head
+    if linear is not None:
+        P = linear.map_q.feature_dim
+        width = D if linear.map_q.weight is not None else P if linear.map_q.kind == "performer" else 0
+        attention = c.n_head * (4 * P * (D + 1) + 4 * D * width)
+    return 6 * weights + 3 * c.n_layer * attention
+
+
+def utilisation(model, tokens_per_second, device):
+    """Model FLOPs done, as a part of what the GPU can do in bf16; None for a device that is not in the list."""
+    name = device_name(device) if device.type == "cuda" else ""
+    peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    return training_flops(model) * tokens_per_second / (peak * 1e12) if peak else None
+
+
 def reset_peak(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+
+
+def largest(*values):
+    return max((v for v in values if v is not None), default=None)
 
 
 def over_processes(values, device, world):
@@ -302,7 +352,7 @@ def over_processes(values, device, world):
 
 def make_optimizer(model, config, device):
     """AdamW. Matrices decay, vectors do not, and the feature maps are groups of their own for their learning rate."""
-    groups = {}
+    groups, map_decay = {}, getattr(config, "map_decay", True)  # the configs of experiments/ are shorter
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -310,7 +360,7 @@ def make_optimizer(model, config, device):
         groups.setdefault((is_map, is_matrix), []).append(p)
     return torch.optim.AdamW(
         [dict(params=params, lr_scale=config.map_lr_scale if is_map else 1.0,
-              weight_decay=config.weight_decay if is_matrix else 0.0)
+              weight_decay=config.weight_decay if is_matrix and (map_decay or not is_map) else 0.0)
          for (is_map, is_matrix), params in groups.items()],
         lr=config.lr, betas=(0.9, config.beta2), fused=device.type == "cuda")
 
@@ -319,7 +369,8 @@ def learning_rate(step, config):
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+    lowest = getattr(config, "final_lr", 0.1)
+    return config.lr * (lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def write_atomically(path, write):
@@ -335,6 +386,17 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
         raise ValueError(f"could not write {path} ({e.strerror or e}): free some space or choose another --out; "
                          "the file that was there is kept") from e
+
+
+def second_name(path, name):
+    """The file at path under another name too, at once: no second gigabyte is written where the disk has hard links."""
+    temporary = name.with_name(name.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+        os.replace(temporary, name)
+    except OSError:
+        write_atomically(name, lambda f: f.write(path.read_bytes()))
 
 
 def save_json(path, value):
@@ -400,7 +462,8 @@ def provenance(device):
 class Log:
     """log.csv, one row an evaluation. A resumed run drops the rows that it is going to write again."""
 
-    columns = ("step", "tokens", "lr", "train_nats", "valid_nats", "valid_ppl", "seconds", "tokens_per_second")
+    columns = ("step", "tokens", "lr", "train_nats", "valid_nats", "valid_ppl", "seconds", "tokens_per_second", "mfu",
+               "peak_gib", "command", "commit", "torch", "python", "device")
 
     def __init__(self, path, start, columns=columns):
         self.columns = columns
@@ -415,13 +478,14 @@ class Log:
         self.file = path.open("a", newline="")
         self.writer = csv.DictWriter(self.file, self.columns)
 
-    def row(self, step, tokens_per_step, lr, state, nats, tokens_per_second):
+    def row(self, step, tokens_per_step, lr, state, nats, tokens_per_second, mfu, about):
         train_nats = state["loss_sum"] / max(1, state["loss_count"])                      # the mean since the last row
         self.write((step, step * tokens_per_step, lr, train_nats, nats, perplexity(nats), state["seconds"],
-                    tokens_per_second))
+                    tokens_per_second, mfu, state["peak_gib"], *about.values()))
 
     def write(self, row):
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in zip(self.columns, row)})
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else "-" if v is None else v
+                              for k, v in zip(self.columns, row, strict=True)})
         self.file.flush()
 
 
@@ -528,13 +592,16 @@ def train(config, model=None):
     say(f"{config.attention}, {sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters, on {why}\n"
         f"{count['train']:,} training and {count['valid']:,} validation {unit}s, run folder {out}")
 
-    def save(name):
+    def save(*names):
         if rank == 0:
-            write_atomically(out / name, lambda f: torch.save(dict(
+            write_atomically(out / names[0], lambda f: torch.save(dict(
                 model=raw.state_dict(), optimizer=optimizer.state_dict(), state=state, config=asdict(config),
                 model_config=asdict(raw.config), meta=data["meta"]), f))
+        if rank == 0 and names[1:]:
+            second_name(out / names[0], out / names[1])
 
-    log = Log(out / "log.csv", state["step"]) if rank == 0 else None
+    log, about = Log(out / "log.csv", state["step"]) if rank == 0 else None, provenance(device)
+    state.setdefault("commands", []).append(about["command"])
     seconds, first, tokens_per_step = [], state["step"], config.batch_size * config.block_size
 
     def rate():
@@ -549,11 +616,11 @@ def train(config, model=None):
                 stop_if_not_finite(nats, step, config)
                 say(f"step {step:5d}  valid {nats:.4f} nats, perplexity {perplexity(nats):.2f} per {unit}")
                 improved, state["best"] = nats < state["best"], min(nats, state["best"])
-                if improved:  # before last.pt, which says that it is there
-                    save("best.pt")
-                save("last.pt")
+                state["peak_gib"] = largest(state.get("peak_gib"), peak_gib(device))
+                save("best.pt", "last.pt") if improved else save("last.pt")  # last.pt says that best.pt is there
                 if log:
-                    log.row(step, tokens_per_step, learning_rate(step, config), state, nats, rate())
+                    log.row(step, tokens_per_step, learning_rate(step, config), state, nats, rate(),
+                            utilisation(raw, rate(), device), about)
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
@@ -635,10 +702,12 @@ def finish(config, model, data, out, device, autocast, micro, state, tokens_per_
     model.eval()
     meta, trained = data["meta"], config.steps * config.batch_size * config.block_size
     summary = dict(attention=config.attention, parameters=sum(p.numel() for p in model.parameters()),
-                   steps=config.steps, tokens=trained, best_step=best["state"]["step"], unit=meta["unit"])
+                   steps=config.steps, tokens=trained, epochs=trained / meta["tokens"]["train"], seed=config.seed,
+                   best_step=best["state"]["step"], unit=meta["unit"])
     summary |= evaluate_splits(model, data, config.block_size, micro, device, autocast)
-    summary |= dict(tokens_per_second=tokens_per_second, train_seconds=state["seconds"], peak_gib=peak_gib(device),
-                    **provenance(device))
+    summary |= dict(tokens_per_second=tokens_per_second, mfu=utilisation(model, tokens_per_second, device),
+                    train_seconds=state["seconds"], peak_gib=state["peak_gib"], **provenance(device))
+    summary |= dict(command=state["commands"][0], resumed=len(state["commands"]) - 1)
     save_json(out / "summary.json", summary)
     return summary
 

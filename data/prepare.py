@@ -44,7 +44,7 @@ DEFAULT_WORKERS = min(8, os.cpu_count() or 1)      # past that, Python's interpr
 SPLITS = ("train", "valid", "test")
 DECOMPRESSORS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
-# Neither was tried by us. The zip's own sha256 is not known to us, but these are:
+# Neither was tried by us; both were reported alive in mid-2026. The zip's own sha256 is not known to us, but these are:
 # the published test file, and the counts of GPT-2 tokens in the whole files, no end-of-text token, no detokenizer.
 WIKITEXT103_MIRRORS = (
     "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
@@ -199,7 +199,7 @@ def pieces(chunks, size=CHUNK):
 # ---------------------------------------------------------------- tokens, into a folder
 
 def encode_piece(tokenizer, text):
-    return np.array(tokenizer.encode(text), "<u2"), len(text.encode()), len(text.split())
+    return np.array(tokenizer.encode(text), "<u2"), len(text.encode()), len(text.split()), text.count("\n")
 
 
 def map_in_order(pool, function, items, in_flight):
@@ -227,22 +227,23 @@ def prepare(texts, out_dir, tokenizer, sources=(), valid_fraction=0.1, workers=D
         streams["train"], streams["valid"] = split_at_line_end(streams["train"], position)
 
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "unit": tokenizer.unit,
-            "tokens": {}, "bytes": {}, "words": {}, "sha256": {}, "sources": list(sources)}
+            "tokens": {}, "bytes": {}, "words": {}, "lines": {}, "sha256": {}, "sources": list(sources)}
     out_dir.mkdir(parents=True, exist_ok=True)
     with (tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as temporary,
           tqdm(desc="tokenize", total=sum(n for n, _ in sizes.values()), unit="B", unit_scale=True,
                disable=None) as bar,
           ThreadPoolExecutor(workers) as pool):    # threads are enough: tiktoken releases the interpreter lock
         for split in sorted(streams, key=SPLITS.index):
-            counts, digest, name = np.zeros(3, np.int64), hashlib.sha256(), f"{split}.bin"
+            counts, digest, name = np.zeros(4, np.int64), hashlib.sha256(), f"{split}.bin"
             with open(Path(temporary, name), "wb") as file:
-                for tokens, n_bytes, n_words in map_in_order(
+                for tokens, *n in map_in_order(
                         pool, partial(encode_piece, tokenizer), pieces(streams[split]), in_flight=2 * workers):
                     file.write(tokens)
                     digest.update(tokens)
-                    counts += len(tokens), n_bytes, n_words
-                    bar.update(n_bytes)
-            meta["tokens"][split], meta["bytes"][split], meta["words"][split] = counts.tolist()
+                    counts += len(tokens), *n
+                    bar.update(n[0])
+            for key, count in zip(("tokens", "bytes", "words", "lines"), counts.tolist()):
+                meta[key][split] = count
             meta["sha256"][name] = digest.hexdigest()
             if counts[0] < 2:                      # one token to read and one to predict
                 raise InputError(f"the {split} split has {counts[0]} tokens, too few to use: give more text, a "
@@ -431,7 +432,8 @@ def main(arguments=None):
         print("prepare.py: interrupted; what was there before is untouched", file=sys.stderr)
         return 130
     for split, count in meta["tokens"].items():
-        print(f"{split}: {count:,} {meta['unit']}s, {meta['bytes'][split]:,} bytes, {meta['words'][split]:,} words")
+        print(f"{split}: {count:,} {meta['unit']}s, {meta['bytes'][split]:,} bytes, {meta['words'][split]:,} words, "
+              f"{meta['lines'][split]:,} lines")
     print(f"wrote {config.out}; train on it with: python train_gpt.py --data {config.out}")
     return 0
 

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # hedgehog.py lies there, and is not an installed package
 from hedgehog import GPT, GPTConfig, LinearAttention  # noqa: E402
-from train_gpt import device_name, provenance, save_json  # noqa: E402
+from train_gpt import device_name, provenance, save_json, utilisation  # noqa: E402
 
 MIB = 2**20
 # Whose ratios are printed at the end.
@@ -290,7 +290,7 @@ def measure_training(T, args, common):
     torch.set_float32_matmul_precision("high")
     device, n_layer, vocab = args.device, args.train_layers, 50304
     idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
-    steps, rows = {}, []
+    steps, rows, models = {}, [], []
     for name in args.train_forms:
         attention = "softmax" if name == "softmax" else "hedgehog"
         model = GPT(GPTConfig(T, vocab, n_layer, args.heads, args.heads * args.dim, attention=attention, chunk_size=128,
@@ -309,6 +309,7 @@ def measure_training(T, args, common):
             optimizer.zero_grad(set_to_none=True)
         step()  # compiles
         steps[name] = step
+        models.append(model)
         weights = sum(p.nbytes for p in model.parameters())
         rows.append({"form": f"gpt, {name}", "T": T, "pass": "training step", "B": idx.shape[0], "n_layer": n_layer,
                      "repeats": args.train_steps, **common,
@@ -321,9 +322,10 @@ def measure_training(T, args, common):
             step()
             synchronize(device)
             seconds[name].append(time.perf_counter() - start)
-    for row, times in zip(rows, seconds.values()):
+    for row, model, times in zip(rows, models, seconds.values()):
         median = statistics.median(times[args.warmup:])
-        row |= {"ms": 1e3 * median, "tokens_per_second": idx[:, 1:].numel() / median}
+        rate = idx[:, 1:].numel() / median
+        row |= {"ms": 1e3 * median, "tokens_per_second": rate, "mfu": utilisation(model, rate, torch.device(device))}
     return rows
 
 

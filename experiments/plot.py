@@ -76,7 +76,27 @@ def loss_curves(folder):
         ax.plot(x, y, label=name, color=GREY if name == "softmax" else COLORS[i % len(COLORS)])
     ax.set(xlabel="training tokens", ylabel="validation loss (nats a token)")
     ax.legend()
-    save(fig, folder / "loss.png", "Final loss: " + ", ".join(f"{name} {nats:.2f}" for name, nats in final.items()))
+    first = list(final.items())[:3]
+    save(fig, folder / "loss.png", ("Final loss: " if len(first) == len(final) else "Lowest final losses: ")
+         + ", ".join(f"{name} {nats:.2f}" for name, nats in first))
+
+
+def perplexities(path):
+    """Final perplexities on the test split, the lowest first; runs of different length or text are told apart."""
+    rows = sorted(json.loads(path.read_text()), key=lambda row: row["test_ppl"])
+    several = len({(row["data"], row["tokens"]) for row in rows}) > 1
+    names = {row["name"]: row["name"] + (f", {row['tokens'] / 1e6:.0f}M tokens, {row['data']}" if several else "")
+             for row in rows}
+    fig, [[ax]] = figure(height=0.9 + 0.36 * len(rows))
+    trained = "" if several else f" after {rows[0]['tokens'] / 1e6:.0f}M tokens of {rows[0]['data']}"
+    bars(ax, list(names.values()), [row["test_ppl"] for row in rows], f"test perplexity{trained}")
+    for bar, row in zip(ax.patches, rows):
+        bar.set_color(color(row["attention"]))
+    softmax = next((row for row in rows if row["attention"] == "softmax"), None)
+    linear = next((row for row in rows if row["attention"] != "softmax" and softmax and row["tokens"] ==
+                   softmax["tokens"] and row["data"] == softmax["data"]), None)
+    save(fig, path.with_name("perplexity.png"), f"{linear['name']}: {linear['test_ppl'] / softmax['test_ppl']:.3f} "
+         "times the perplexity of softmax" if linear else f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
 
 
 def benchmark(path):
@@ -169,10 +189,10 @@ def conversion(path):
     save(fig, path.with_suffix(".png"), f"The best converted model, {best}, has perplexity {ppl[best]:.2f}")
 
 
-FIGURES = (("tiny", loss_curves), ("wikitext103", loss_curves), ("benchmark-cpu.json", benchmark),
-           ("benchmark-cuda.json", benchmark), ("associative_recall.json", associative_recall),
-           ("attention_properties.json", properties), ("attention_maps.json", attention_maps),
-           ("convert/summary.json", conversion))
+FIGURES = (("tiny", loss_curves), ("wikitext103", loss_curves), ("wikitext103/summary.json", perplexities),
+           ("benchmark-cpu.json", benchmark), ("benchmark-cuda.json", benchmark),
+           ("associative_recall.json", associative_recall), ("attention_properties.json", properties),
+           ("attention_maps.json", attention_maps), ("convert/summary.json", conversion))
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

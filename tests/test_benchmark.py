@@ -107,5 +107,5 @@ def test_training_is_measured_beside_softmax(tmp_path, capsys):
                     "--out", str(out)])
     rows = {row["form"]: row for row in json.loads(out.read_text())}
     assert rows.keys() == {"gpt, softmax", "gpt, chunked"}
-    assert all(row["tokens_per_second"] > 0 and row["peak_mib"] > 0 for row in rows.values())
+    assert all(row["tokens_per_second"] > 0 and row["peak_mib"] > 0 and "mfu" in row for row in rows.values())
     assert "training at T=16: gpt, chunked" in capsys.readouterr().out

@@ -1,6 +1,8 @@
 """Every experiment at toy size, and the measures they report against counts by hand."""
 
+import csv
 import json
+import lzma
 import math
 import sys
 from pathlib import Path
@@ -15,6 +17,9 @@ import associative_recall
 import attention_maps
 import attention_properties
 import plot
+import wikitext103
+import train_gpt
+from conftest import stop_after
 from train_gpt import PRESETS, TrainConfig, parse_config, train
 
 needs_matplotlib = pytest.mark.skipif(plot.plt is None, reason="matplotlib draws the figures: "
@@ -74,6 +79,49 @@ def test_every_attention_takes_part(name, tmp_path):
 def test_an_odd_length_is_refused():
     with pytest.raises(ValueError, match="--length and --vocabulary must be even"):
         associative_recall.RecallConfig(length=7)
+
+
+# ---------------------------------------------------------------- from scratch
+
+
+def test_the_whole_path_prepare_train_resume_evaluate_sample_collect(tmp_path, monkeypatch, capsys):
+    from data.prepare import main as prepare
+    from sample import sample
+    lines = [f"The hedgehog counts {i} apples , and the fox counts {i * i % 97} .\n" for i in range(120)]
+    files = [tmp_path / name for name in ("train.txt.xz", "valid.txt", "test.txt")]
+    files[0].write_bytes(lzma.compress("".join(lines[:90]).encode()))
+    files[1].write_text("".join(lines[90:105]))
+    files[2].write_text("".join(lines[105:]))
+    assert prepare([str(files[0]), "--valid", str(files[1]), "--test", str(files[2]), "--out",
+                    str(tmp_path / "text")]) == 0
+    flags = ("--preset wikitext103-fast --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --batch-size 8 --steps 30 "
+             "--eval-every 10 --warmup 3 --lr 1e-2 --no-compile --device cpu --sample-tokens 2 "
+             f"--data {tmp_path / 'text'} --out {tmp_path}/wikitext103-fast-").split()
+    for attention in ("softmax", "hedgehog"):
+        run = [*flags[:-1], flags[-1] + attention]
+        with monkeypatch.context() as m:
+            m.setattr(train_gpt, "interrupts", lambda say: stop_after(14))
+            with pytest.raises(SystemExit):
+                train(parse_config(TrainConfig, PRESETS, [*run, "--attention", attention]))
+        summary = train(parse_config(TrainConfig, PRESETS, ["--resume", *run[-2:]]))
+        log = list(csv.DictReader((Path(run[-1]) / "log.csv").open()))
+        assert [row["step"] for row in log] == ["0", "10", "20", "30"]
+        assert float(log[-1]["valid_nats"]) < float(log[0]["valid_nats"]) - 1
+        assert summary["test_nats"] == pytest.approx(float(log[-1]["valid_nats"]), abs=0.3)  # unseen, but alike
+        assert len(sample(run[-1], "The ", 20, device="cpu", write=lambda piece: None)) >= 24 - 3
+    out = tmp_path / "results"
+    wikitext103.main([tmp_path / "wikitext103-fast-softmax", tmp_path / "wikitext103-fast-hedgehog"], out)
+    wikitext103.main([tmp_path / "wikitext103-fast-hedgehog"], out)  # again: replaced, not doubled
+    rows = {row["name"]: row for row in json.loads((out / "summary.json").read_text())}
+    assert rows.keys() == {"softmax", "hedgehog"}
+    assert {"attention", "tokens", "valid_ppl", "test_ppl", "tokens_per_second", "peak_gib", "device", "command",
+            "commit", "data", "seed"} <= rows["hedgehog"].keys()
+    assert rows["hedgehog"]["resumed"] == 1 and rows["hedgehog"]["options"]["n_layer"] == 2
+    curve = list(csv.DictReader((out / "hedgehog.csv").open()))
+    assert {"command", "commit", "torch", "device"} <= curve[0].keys() and len(curve) == 4
+    assert f"{rows['hedgehog']['test_ppl'] / rows['softmax']['test_ppl']:.3f}" in capsys.readouterr().out
+    if plot.plt:
+        assert {"loss.png", "perplexity.png"} <= {path.name for path in out.iterdir()}
 
 
 # ---------------------------------------------------------------- properties and pictures

@@ -89,6 +89,7 @@ def test_meta_json_tells_how_the_tokens_were_made(book, tmp_path):
     assert (meta["tokenizer"], meta["vocab_size"], meta["unit"]) == ("bytes", 256, "byte")
     assert meta["tokens"] == meta["bytes"] == {s: len(tokens_of(out, s)) for s in ("train", "valid", "test")}
     assert meta["words"]["test"] == meta["words"]["train"] + meta["words"]["valid"] == len(PROSE.split())
+    assert meta["lines"]["test"] == meta["lines"]["train"] + meta["lines"]["valid"] == PROSE.count("\n")
     assert meta["sha256"]["test.bin"] == hashlib.sha256((out / "test.bin").read_bytes()).hexdigest()
     assert meta["sources"] == [{"name": "book.txt", "sha256": hashlib.sha256(PROSE.encode()).hexdigest()}] * 2
 
@@ -322,6 +323,10 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         server = self.server
         server.requests.append((self.path, self.headers["Range"], self.headers["User-Agent"]))
         content = server.files.get(self.path)
+        if isinstance(content, str):
+            self.send_response(302)
+            self.send_header("Location", content)
+            return self.end_headers()
         if content is None:
             return self.send_error(404)
         start = 0
@@ -382,6 +387,16 @@ def test_a_cut_download_continues_where_it_stopped(mirror, tmp_path):
     assert prepare_wikitext103(tmp_path) == 0
     assert [sent_range for _, sent_range, _ in mirror.requests] == [None, "bytes=5000-", "bytes=12000-"]
     assert (tmp_path / "wikitext-103-raw-v1.zip").read_bytes() == made_zip()
+
+
+def test_a_mirror_that_redirects_is_followed_with_the_range_and_the_name(mirror, tmp_path, monkeypatch):
+    mirror.files["/resolve"] = f"{mirror.address}/wikitext.zip"  # as Hugging Face does, to its file servers
+    monkeypatch.setattr(prepare, "WIKITEXT103_MIRRORS", (f"{mirror.address}/resolve",))
+    mirror.cuts = [5000]
+    assert prepare_wikitext103(tmp_path) == 0
+    assert [(path, sent) for path, sent, _ in mirror.requests] == [
+        ("/resolve", None), ("/wikitext.zip", None), ("/resolve", "bytes=5000-"), ("/wikitext.zip", "bytes=5000-")]
+    assert {agent for *_, agent in mirror.requests} == {prepare.USER_AGENT["User-Agent"]}
 
 
 def test_a_download_continues_in_the_next_run(mirror, tmp_path):

@@ -67,8 +67,8 @@ def test_a_resumed_run_continues_to_the_last_bit(text_dir, tmp_path, monkeypatch
         with pytest.raises(SystemExit) as stopped:
             train(config(text_dir, parts, "--attention", attention))
     assert stopped.value.code == 130 and load_checkpoint(parts / "last.pt")["state"]["step"] == 4
-    train(parse_config(TrainConfig, PRESETS, ["--out", str(parts), "--resume"]))
-    assert rows(parts) == rows(whole) and len(rows(whole)) == 3
+    summary = train(parse_config(TrainConfig, PRESETS, ["--out", str(parts), "--resume"]))
+    assert rows(parts) == rows(whole) and len(rows(whole)) == 3 and summary["resumed"] == 1
     a, b = load_checkpoint(whole / "last.pt"), load_checkpoint(parts / "last.pt")
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     for p, q in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
@@ -82,9 +82,13 @@ def test_a_run_leaves_what_a_reader_needs(text_dir, tmp_path):
     saved = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert saved == summary and saved["tokens"] == 6 * 4 * 32 and saved["test_ppl"] == math.exp(saved["test_nats"])
     meta = json.loads((text_dir / "meta.json").read_text())
-    per_word = math.exp(saved["test_nats"] * (meta["tokens"]["test"] - 1) / meta["words"]["test"])
+    words = sum(len(line.split()) + 1 for line in (text_dir.parent / "story.txt").read_text().splitlines())
+    per_word = math.exp(saved["test_nats"] * (meta["tokens"]["test"] - 1) / words)
     assert saved["test_ppl_per_word"] == pytest.approx(per_word)
-    assert {"command", "commit", "device", "torch"} <= saved.keys()
+    assert {"command", "commit", "device", "torch", "mfu", "peak_gib", "epochs"} <= saved.keys()
+    assert saved["mfu"] is saved["peak_gib"] is None and saved["resumed"] == 0
+    row = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))[-1]
+    assert row["device"] == saved["device"] and row["commit"] == saved["commit"] and row["peak_gib"] == "-"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["vocab_size"] == 256
     best = min(float(r[3]) for r in rows(tmp_path / "run"))
     assert saved["valid_nats"] == pytest.approx(best, rel=1e-5)
@@ -172,6 +176,9 @@ def test_only_matrices_decay_and_maps_have_their_own_learning_rate():
             assert (group["weight_decay"] > 0) == (name.endswith("weight") and "ln_" not in name), name
             assert group["lr_scale"] == (10.0 if "map_" in name else 1.0), name
     assert sum(len(g["params"]) for g in groups) == len(names)
+    groups = train_gpt.make_optimizer(model, TrainConfig(map_decay=False), torch.device("cpu")).param_groups
+    kept = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"] if p.ndim > 2}
+    assert kept == {name for name in names.values() if name.endswith(("map_q.weight", "map_k.weight"))}
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
@@ -179,6 +186,28 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     rates = [train_gpt.learning_rate(step, c) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert train_gpt.learning_rate(100, TrainConfig(steps=100, warmup=10, lr=1.0, final_lr=0.0)) == pytest.approx(0)
+
+
+def test_model_flops_are_those_of_the_equations():
+    def flops(**options):
+        with torch.device("meta"):
+            return train_gpt.training_flops(GPT(GPTConfig(1024, 50257, 2, 12, 768, **options)))
+    weights = 6 * (2 * 12 * 768 ** 2 + 768 * 50257)                  # four matrices of the attention, eight of the MLP
+    assert flops(attention="softmax") == weights + 2 * 6 * 1024 * 768          # PaLM's 12 L C T, halved by the mask
+    assert flops(attention="hedgehog") == weights + 2 * 3 * 12 * (4 * 128 * 65 + 4 * 64 * 64)
+    assert flops(attention="elu") == weights + 2 * 3 * 12 * 4 * 64 * 65
+    assert flops(attention="hedgehog", tie_head=False, tie_qk=True) == flops(attention="hedgehog")
+
+
+def test_utilisation_is_known_for_the_gpus_in_the_list_alone(monkeypatch):
+    model, gpu = GPT(GPTConfig(8, 11, 1, 1, 8)), torch.device("cuda")
+    monkeypatch.setattr(train_gpt, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert train_gpt.utilisation(model, 1e6, gpu) == pytest.approx(train_gpt.training_flops(model) * 1e6 / 989e12)
+    monkeypatch.setattr(train_gpt, "device_name", lambda device: "NVIDIA H100 PCIe")
+    assert train_gpt.utilisation(model, 1e6, gpu) == pytest.approx(train_gpt.training_flops(model) * 1e6 / 756e12)
+    monkeypatch.setattr(train_gpt, "device_name", lambda device: "Quadro")
+    assert train_gpt.utilisation(model, 1e6, gpu) is None and train_gpt.utilisation(model, 1e6, CPU) is None
 
 
 # ---------------------------------------------------------------- the command line
@@ -204,6 +233,13 @@ def test_the_wikitext103_preset_is_the_published_recipe():
     assert c.steps == 100 * round(117_920_140 / (512 * 1024)) and (c.batch_size, c.block_size) == (512, 1024)
     assert (c.lr, c.weight_decay, c.beta2, c.clip, c.dropout) == (6e-4, 0.1, 0.999, 1.0, 0.1)
     assert c.warmup == c.steps // 100
+
+
+def test_the_fast_preset_is_the_same_model_on_200_million_tokens():
+    whole, fast = (parse_config(TrainConfig, PRESETS, ["--preset", f"wikitext103{x}"]) for x in ("", "-fast"))
+    same = ("data", "n_layer", "n_head", "n_embd", "block_size", "map_scale", "map_lr_scale", "feature_bias", "tie_qk")
+    assert all(getattr(whole, name) == getattr(fast, name) for name in same)
+    assert fast.steps * fast.batch_size * fast.block_size == pytest.approx(200e6, rel=0.02)
 
 
 @pytest.mark.parametrize("flags", [["--colour", "red"], ["--preset", "huge"], ["--attention", "sofmax"],
@@ -407,6 +443,21 @@ def test_a_file_is_complete_before_it_gets_its_name(tmp_path):
         assert path.read_bytes() == b"earlier"
     train_gpt.write_atomically(path, write)
     assert path.read_bytes() == b"later" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_best_and_last_are_one_file_where_there_are_links_and_part_when_last_moves_on(tmp_path, monkeypatch, links):
+    if not links:
+        def no_links(*args):
+            raise OSError(95, "Operation not supported")
+        monkeypatch.setattr(train_gpt.os, "link", no_links)
+    best, last = tmp_path / "best.pt", tmp_path / "last.pt"
+    last.write_bytes(b"earlier")
+    best.write_bytes(b"one")
+    train_gpt.second_name(best, last)
+    assert last.read_bytes() == b"one" and last.samefile(best) == links
+    train_gpt.write_atomically(last, lambda f: f.write(b"two"))
+    assert best.read_bytes() == b"one" and sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt"]
 
 
 def test_best_is_the_checkpoint_of_the_lowest_validation_loss_and_not_the_last(text_dir, tmp_path, monkeypatch):
