@@ -346,7 +346,7 @@ def load_maps(model, path):
 
 
 def read_samsum(folder):
-    """{"train", "validation", "test": rows of id, dialogue and summary} from the CSV, JSON or JSON-lines files there."""
+    """{"train", "validation", "test": rows of id, dialogue and summary} from CSV, JSON or JSON-lines files."""
     folder, splits = Path(folder), {}
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: put SAMSum's train, val and test there, as CSV or JSON with the columns "
@@ -526,6 +526,15 @@ def add_lora(model, config):
                                                       target_modules=list(PROJECTIONS)))
 
 
+def summary_loss(model, examples, device):
+    """Mean cross-entropy of the summaries' tokens and their end; logits are formed for no others."""
+    ids, mask = pad([x["ids"] for x in examples], False, device)
+    x = model.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]               # (B, T, C)
+    n_prompt = torch.tensor([[x["n_prompt"]] for x in examples], device=device)
+    learned = ((torch.arange(ids.shape[1], device=device) >= n_prompt) & mask.bool())[:, 1:]
+    return F.cross_entropy(model.lm_head(x[:, :-1][learned]).float(), ids[:, 1:][learned])
+
+
 def finetune(model, examples, config, device):
     """Train the LoRA weights in `model`, a LlamaForCausalLM, on the summaries' tokens. Returns seconds."""
     maps = list(maps_of(model).values()) if config.map_lr else []
@@ -534,21 +543,15 @@ def finetune(model, examples, config, device):
     lora = [p for name, p in model.named_parameters() if "lora_" in name]
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-        model.train()  # what switches it on; there is no dropout
+    model.train(config.gradient_checkpointing)  # what switches it on; there is no dropout
 
     def step_loss(rows):
-        ids, mask = pad([examples[i]["ids"] for i in rows], False, device)
-        x = model.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]           # (B, T, C)
-        place, n_prompt = torch.arange(ids.shape[1]), torch.tensor([[examples[i]["n_prompt"]] for i in rows])
-        learned = (place >= n_prompt).to(device) & mask.bool()                            # the summary and its end
-        logits = model.lm_head(x[:, :-1][learned[:, 1:]]).float()
-        loss = F.cross_entropy(logits, ids[:, 1:][learned[:, 1:]])
+        loss = summary_loss(model, [examples[i] for i in rows], device)
         loss.backward()
         return loss.detach()
 
     groups = [(lora, config.lora_lr)] + ([(maps, config.map_lr)] if maps else [])
     seconds = fit(groups, len(examples), config.lora_epochs, config, device, "LoRA", step_loss)
-    model.gradient_checkpointing_disable()
     model.eval()
     return seconds
 
@@ -618,7 +621,7 @@ def speed(model, length, config, device):
     clock = Clock(device)
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SPEED_TOKENS, do_sample=False,
                    min_new_tokens=SPEED_TOKENS, pad_token_id=0, stopping_criteria=[clock])
-    steps = torch.tensor(clock.times).diff()
+    steps = torch.tensor(clock.times, dtype=torch.float64).diff()
     return config.speed_batch / steps.median().item(), peak_gib(device)
 
 
@@ -636,7 +639,7 @@ def where_is(name):
     try:
         import gguf  # noqa: F401  (for transformers)
     except ImportError:
-        raise ValueError("gguf is missing, which reads GGUF files: pip install -r requirements-experiments.txt") from None
+        raise ValueError("the package gguf is missing: pip install -r requirements-experiments.txt") from None
     return (str(path.parent),), dict(gguf_file=path.name)
 
 
