@@ -748,6 +748,7 @@ def main(config):
     device, dtype, why = pick_device(config.device, config.dtype)
     settings = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in MACHINE}))
     rows = earlier_rows(Path(config.out), settings)
+    transformers.utils.logging.disable_progress_bar()  # of the loading, which takes seconds
     tokenizer = load_tokenizer(config)
     data, about = prepare(config, tokenizer)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)

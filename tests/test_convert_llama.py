@@ -188,7 +188,7 @@ def test_generate_writes_with_the_state_what_it_writes_without_a_cache(options):
     settings = dict(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, **options)
     cached = model.generate(**settings)
     assert torch.equal(cached, model.generate(**settings, use_cache=False))
-    if not options:
+    if not options:  # and each row is what it is alone
         alone = [model.generate(**settings | dict(input_ids=ids[i:i + 1, n:], attention_mask=None))[0, -8:]
                  for i, n in enumerate((5, 2, 0))]
         assert torch.equal(cached[:, -8:], torch.stack(alone))
@@ -207,6 +207,18 @@ def test_a_state_continues_no_keys_and_forgets_nothing():
         step(swap_back(model), ids, cache)
     with pytest.raises(ValueError, match="leave out cache_implementation"):
         swap(model).generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
+
+
+def test_the_rows_of_a_cache_can_be_repeated_and_chosen():
+    model, ids, caches = tiny(), some_ids(2, 9), [transformers.DynamicCache() for _ in range(2)]
+    step(model, ids[:, :8], caches[0])
+    step(model, ids[:, :8].repeat_interleave(3, dim=0)[[5, 0, 1]], caches[1])
+    caches[0].batch_repeat_interleave(3)
+    caches[0].batch_select_indices(torch.tensor([5, 0, 1]))
+    a, b = (step(model, ids[[1, 0, 0], 8:], cache) for cache in caches)
+    torch.testing.assert_close(a, b)
+    caches[0].reset()
+    assert torch.equal(step(model, ids, caches[0]), logits(model, ids)) and caches[0].get_seq_length() == 9
 
 
 # ---------------------------------------------------------------- masks
@@ -350,6 +362,13 @@ def test_lora_moves_the_low_rank_weights_alone_and_the_maps_if_told_to(kind, map
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert after.keys() == before.keys() and moved == (set(maps_of(model)) if map_lr and kind else set())
     written = logits(model, some_ids())
+    if kind:  # the updates outlive the swap: they are part of the projections
+        with torch.no_grad():
+            for p in maps_of(model).values():
+                p.normal_()
+        soft = logits(swap_back(model), some_ids())
+        assert (soft - logits(tiny(kind=None, dtype=torch.float32), some_ids())).abs().max() > 1e-3
+        written = soft
     torch.testing.assert_close(logits(lora.merge_and_unload(), some_ids()), written, rtol=1e-3, atol=1e-3)
 
 
