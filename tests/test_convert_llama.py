@@ -121,6 +121,8 @@ def test_padding_counts_for_nothing_on_either_side(side, implementation):
     torch.testing.assert_close(padded[0, real], logits(model, ids[:1, real])[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(padded[1], logits(model, ids[1:])[0], rtol=1e-9, atol=1e-9)
     assert padded.isfinite().all()
+    with torch.no_grad():  # and arguments may come without their names
+        assert torch.equal(model.lm_head(model.model(ids, mask, None, None)[0]), padded)
 
 
 def test_padding_has_no_gradient():
@@ -249,7 +251,8 @@ def test_a_mask_that_is_not_padding_is_refused(name, sentence):
 
 def test_masks_that_can_be_honoured_are_and_others_say_which_they_are():
     model, ids = tiny(), some_ids(2, 6)
-    torch.testing.assert_close(logits(model, ids, attention_mask=masks()["causal"]), logits(model, ids))
+    for mask in (masks()["causal"], -1e9 * (~masks()["causal"]).double()):
+        torch.testing.assert_close(logits(model, ids, attention_mask=mask), logits(model, ids))
     with pytest.raises(ValueError, match="adds a bias to the scores"):
         logits(model, ids, attention_mask=torch.rand(2, 1, 6, 6, dtype=torch.float64))
     with pytest.raises(ValueError, match="one for all heads"):
@@ -397,18 +400,21 @@ def write_rows(path, rows=ROWS):
             writer.writeheader()
             writer.writerows(rows)
     else:
-        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("[" + ",".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines), encoding="utf-8")
 
 
 @pytest.mark.parametrize("end", ["csv", "json", "jsonl"])
 @pytest.mark.parametrize("name, split", [("train", "train"), ("val", "validation"), ("validation", "validation")])
 def test_samsum_is_read_from_csv_and_json(tmp_path, end, name, split):
     write_rows(tmp_path / f"{name}.{end}")
-    write_rows(tmp_path / f"test.{end}", ROWS[:2])
+    unusual = dict(ROWS[1], summary="They\u2028have lunch.")                   # a line separator that ends no row
+    write_rows(tmp_path / f"test.{end}", [ROWS[0], unusual])
     splits = convert_llama.read_samsum(tmp_path)
     assert {key: len(rows) for key, rows in splits.items()} == {split: 7, "test": 2}     # the empty one is left out
     assert splits["test"][0] == dict(id="1", dialogue="Ann: Hi, are you there?\nBob: Yes, \"here\".",
                                      summary="Bob is there.")
+    assert splits["test"][1]["summary"] == unusual["summary"]
 
 
 def test_missing_and_damaged_data_are_told(tmp_path):
@@ -424,6 +430,12 @@ def test_missing_and_damaged_data_are_told(tmp_path):
         with pytest.raises(ValueError, match="is damaged, or lacks one of the columns id, dialogue and summary"):
             convert_llama.read_samsum(tmp_path)
         (tmp_path / name).unlink()
+    (tmp_path / "test.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is damaged"):
+        convert_llama.read_samsum(tmp_path)
+    (tmp_path / "test.csv").write_text("id,dialogue,summary\n")
+    with pytest.raises(ValueError, match="test.csv holds no dialogue"):
+        convert_llama.read_samsum(tmp_path)
 
 
 CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
