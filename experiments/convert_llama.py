@@ -621,12 +621,15 @@ class Clock(transformers.StoppingCriteria):
 
 @torch.no_grad()
 def speed(model, length, config, device):
-    """(tokens a second, peak GiB on a GPU) of generation after `length` tokens, whatever they say."""
+    """(tokens a second, peak GiB on a GPU) of generation after `length` tokens, whatever they say. None: no memory."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (config.speed_batch, length), generator=generator).to(device)
     clock = Clock(device)
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SPEED_TOKENS, do_sample=False,
-                   min_new_tokens=SPEED_TOKENS, pad_token_id=0, stopping_criteria=[clock])
+    try:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SPEED_TOKENS, do_sample=False,
+                       min_new_tokens=SPEED_TOKENS, pad_token_id=0, stopping_criteria=[clock])
+    except torch.OutOfMemoryError:  # a result as well, and no reason to lose the row
+        return None, None
     steps = torch.tensor(clock.times, dtype=torch.float64).diff()
     return config.speed_batch / steps.median().item(), peak_gib(device)
 
@@ -649,6 +652,10 @@ def where_is(name):
     return (str(path.parent),), dict(gguf_file=path.name)
 
 
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
 def load(config, device, dtype):
     args, gguf_file = where_is(config.model)
     try:
@@ -657,7 +664,7 @@ def load(config, device, dtype):
             model = transformers.AutoModelForCausalLM.from_pretrained(*args, dtype=dtype or torch.float32, **gguf_file)
             return model.to(device).eval()
     except (OSError, KeyError) as e:
-        raise ValueError(f"no model of transformers at {config.model} ({str(e).splitlines()[0]}): give a folder with "
+        raise ValueError(f"no model of transformers at {config.model} ({first_line(e)}): give a folder with "
                          "config.json, a .gguf file or a name on the hub") from None
     raise ValueError(f"{config.model} is a model of type {kind!r}; supported is 'llama' (LlamaForCausalLM of "
                      "transformers: Llama 1 to 3, SmolLM2, TinyLlama, Vicuna ...)")
@@ -668,7 +675,7 @@ def load_tokenizer(config):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(*args, **gguf_file)
     except (OSError, ValueError) as e:
-        raise ValueError(f"no tokenizer at {config.model} ({str(e).splitlines()[0]}): give a model with one") from None
+        raise ValueError(f"no tokenizer at {config.model} ({first_line(e)}): give a model with one") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {config.model} has no end-of-text token, which ends a summary")
     return tokenizer
@@ -725,8 +732,8 @@ def measure_row(name, data, tokenizer, config, device, dtype):
     row["generate_seconds"] = time.perf_counter() - began
     row |= rouge([x["summary"] for x in data["test_rows"]], summaries)
     row["samples"] = {x["id"]: text for x, text in list(zip(data["test_rows"], summaries))[:3]}
-    lengths = [n for n in config.generate_lengths if n and config.speed_batch]
-    measured = {str(n): speed(model, n, config, device) for n in tqdm(lengths, desc="speed", disable=None)}
+    lengths = tqdm([n for n in config.generate_lengths if n], desc="speed", disable=None)
+    measured = {str(n): speed(model, n, config, device) for n in lengths}
     row["tokens_per_second"] = {n: tokens for n, (tokens, _) in measured.items()}
     row["generate_gib"] = {n: gib for n, (_, gib) in measured.items()}
     return row
@@ -784,7 +791,7 @@ def table(rows):
                           *(f"{row[name]:.1f}" for name in ("rouge1", "rouge2", "rougeL")),
                           f"{row['rouge1'] / best:.3f}", f"{paper / PAPER['softmax']:.3f}" if paper else "-",
                           f"{ppl:.2f}" if ppl else "-", f"{seconds:.0f}")
-                     + "".join(f"{row['tokens_per_second'].get(n, math.nan):14.0f}" for n in lengths))
+                     + "".join(f"{row['tokens_per_second'].get(n) or math.nan:14.0f}" for n in lengths))
     return "\n".join(lines)
 
 

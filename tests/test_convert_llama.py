@@ -582,6 +582,19 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monke
         convert_llama.main(parse(folder, out, flags))
 
 
+def test_a_length_that_does_not_fit_costs_no_row(monkeypatch):
+    model = tiny(dtype=torch.float32)
+    config = LlamaConfig(speed_batch=2)
+    tokens, gib = convert_llama.speed(model, 8, config, CPU)
+    assert tokens > 0 and gib is None
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "generate", full)
+    assert convert_llama.speed(model, 8, config, CPU) == (None, None)
+
+
 def test_a_second_text_may_be_read_while_distilling(folder, tmp_path):
     config = parse(folder, tmp_path / "rows.json", f"--distill-text {folder / 'text.txt'} --max-length 90")
     data, _ = convert_llama.prepare(config, make_tokenizer())
