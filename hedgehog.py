@@ -189,15 +189,14 @@ def bidirectional(q, k, v):
     return q @ (k.mT @ v)
 
 
-def linear_attention(q, k, v, form="chunked", causal=True, state=None, return_state=False, chunk_size=64, eps=1e-30):
+def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state=False, chunk_size=64, eps=1e-30):
     """y_t = sum_{s<=t} (q_t.k_s) v_s / sum_{s<=t} (q_t.k_s), for q and k that have been through the feature map.
 
     q, k: (B, H, T, P), v: (B, H, T, D), all of one dtype and device. Returns y (B, H, T, D) in the dtype of v, and
     with `return_state` the pair (y, state), the state being (B, H, P, D+1), float32 at least.
 
     form: "quadratic", "cumsum", "chunked" or "recurrent": the same function, for any T >= 1 and any chunk size.
-    "auto" is "chunked", or on a GPU the kernels of hedgehog_triton.py where they can run: to be asked for, as long as
-    they are not checked on GPUs at every width and dtype.
+    "auto" is "chunked", or on a GPU the kernels of hedgehog_triton.py where they can run.
     state: what an earlier call returned; continues that sequence ("auto", "chunked" and "recurrent").
     causal=False: the sum runs over all s, in O(T), whatever the form ("quadratic" forms the weights).
     Sums are float32 for half precision, under autocast too; float64 stays float64. On a GPU the operands of float32
@@ -313,7 +312,7 @@ class LinearAttention(nn.Module):
         shared = tie_qk or self.map_q.weight is None
         self.map_k = self.map_q if shared else FeatureMap(n_head, head_dim, kind, bias, **map_options)
 
-    def forward(self, q, k, v, form="chunked", state=None, return_state=False, offset=0):
+    def forward(self, q, k, v, form="auto", state=None, return_state=False, offset=0):
         """Arguments as in `linear_attention`; `offset` is the position of the first token (cosformer)."""
         H, D = self.map_q.n_head, self.map_q.head_dim
         if q.ndim != 4 or q.shape[1::2] != (H, D) or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
@@ -407,7 +406,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             return self.linear(q, k, v)
         offset, T = cache.get("offset", 0), q.shape[2]
-        form = "recurrent" if T == 1 else "chunked"
+        form = "recurrent" if T == 1 else "auto"
         y, cache["state"] = self.linear(q, k, v, form, cache.get("state"), return_state=True, offset=offset)
         cache["offset"] = offset + T
         return y

@@ -10,28 +10,35 @@ Design
 
     forward   one program walks along a head, the state S (2D, D) in float32 registers:
               y_n = tril(phi_q phi_k^T) v + phi_q S,    S += phi_k^T v
-    states    the backward pass walks twice, only to write down what each chunk needs of the others:
-              S_n, the sum of phi_k^T v of all chunks before n, and R_n, the sum of phi_q^T dnum of all chunks after n
-    grad_q    then all chunks at once:    dphi_q = dA phi_k + dnum S_n^T + dden z_n^T,   dA = tril(dnum v^T + dden)
-    grad_kv   and once more:              dphi_k = dA^T phi_q + v R_n^T + r_n,   dv = A^T dnum + phi_k R_n
+    states    the backward pass walks twice, in one launch, only to write down what each chunk needs of the others:
+              S_n, the sum of phi_k^T [v, 1] of all chunks before n, and R_n, that of psi_q^T [do, delta] after n
+    grad_kv   then all chunks at once:  dphi_k = dA^T psi_q + [v, 1] R_n^T,  dv = tril(psi_q phi_k^T)^T do + phi_k R_n
+    grad_q    and once more:            dphi_q = (dA phi_k + [do, delta] S_n^T) / den,  dA = tril(do v^T + delta)
 
-    with dnum = do / den and dden = -<do, o> / den, written by the walk that makes R. The map's own backward runs at the
+    with psi_q = phi_q / den and delta = -<do, o>, written by the walk that makes R. The map's own backward runs at the
     end of each chunk. The gradients of W are summed in registers over a few chunks, written once a program and added up
     by PyTorch in a fixed order: no atomics, so two runs agree to the last bit.
-    When B H programs cannot fill the GPU, T is cut into segments: their sums first (`states` without writing chunks),
-    an exclusive prefix over them, then all segments at once.
+    When B H programs cannot fill the GPU, T is cut into segments. The forward pass takes their sums first (`states`
+    without writing chunks), an exclusive prefix over them, then all segments at once. The backward pass writes S_n and
+    R_n as sums within a segment; the prefix is added where they are read.
 
-Precision: sums and states are float32. Products take bfloat16 operands for bfloat16 inputs; tf32 for float16 (whose
-range is too small for features); three tf32 products, which is float32 to about 1e-6, for float32. S_n and R_n are
+Precision: sums and states are float32. Products take bfloat16 operands for bfloat16 inputs, and for float16 (whose
+range is too small for features) and float32 three tf32 products each, which is float32 to about 1e-6. S_n and R_n are
 written in the type of the products, which is what they are used in.
 
 Bounds: a chunk's work is a chain of small products, reductions and barriers, and registers (255 a thread) allow two
-programs a multiprocessor, so that latency, not traffic or arithmetic, sets the time.
+programs a multiprocessor. On an H100 an instruction is issued in 28 of 100 cycles; what is waited for is memory (a
+third to two fifths of the samples) and the last instruction's result, while DRAM (27 %) and tensor cores idle. A
+spilled register costs more than it looks, since two programs leave little cache beside their shared memory: masks and
+offsets within a chunk in 32 bits made 7 % fewer instructions, but fewer spills by far, and grad_kv 12 % faster.
 
 Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (more than a quarter
-of its instructions went to spilled registers); a third program a multiprocessor (168 registers spill), 8 warps; the
-second half of the map from a second product, to free registers; the denominator as 16 or 32 extra columns of a
-tensor-core product (came out wrong on an H100 with Triton 3.6, the reason is not known).
+of its instructions went to spilled registers); a third program a multiprocessor (168 registers: 1.4 to 1.8 times as
+long), 8 warps with chunks of 64 or 128; segments at T = 1,024, chained or not, to fill the last wave of programs;
+the second half of the map from a second product, to free registers; one softmax after the other; tiles of grad_kv or
+grad_q through shared memory a chunk ahead (one program a multiprocessor), prefetches in grad_kv and forward; the
+denominator as 16 or 32 extra columns of a tensor-core product (came out wrong on an H100 with Triton 3.6, the reason is
+not known).
 """
 
 import torch
@@ -48,16 +55,35 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_tile(ptr, start, rows, stride, cols, T, dtype: tl.constexpr):
-    """Rows start + rows (those >= T are zero) and columns cols of a matrix whose last axis is contiguous."""
-    at = ptr + start * stride + rows[:, None] * stride + cols[None, :]  # start is int64: no overflow past 2^31
-    return tl.load(at, mask=start + rows[:, None] < T, other=0.0).to(dtype)
+def load_tile(ptr, start, rows, stride, cols, n, dtype: tl.constexpr):
+    """Rows start + rows (zero from the n-th on) and columns cols of a matrix whose last axis is contiguous."""
+    at = ptr + start * stride + (rows[:, None] * stride + cols[None, :])  # start is int64: no overflow past 2^31
+    return tl.load(at, mask=rows[:, None] < n, other=0.0).to(dtype)
 
 
 @triton.jit
-def store_tile(ptr, start, rows, stride, cols, T, x):
-    at = ptr + start * stride + rows[:, None] * stride + cols[None, :]
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=start + rows[:, None] < T)
+def store_tile(ptr, start, rows, stride, cols, n, x):
+    at = ptr + start * stride + (rows[:, None] * stride + cols[None, :])
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=rows[:, None] < n)
+
+
+@triton.jit
+def prefetch(ptr, start, rows, stride, width: tl.constexpr, T, PREFETCH: tl.constexpr):
+    """Ask for rows of a matrix to be brought into the L2 cache, where a later load waits less; holds no register."""
+    if PREFETCH:
+        first = tl.minimum(tl.maximum(start, 0), T - 1)
+        last = tl.minimum(T - 1 - first, rows.shape[0]).to(tl.int32)
+        at = ptr + first * stride + tl.minimum(rows, last) * stride
+        bits: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+        for line in tl.static_range((width * bits + 1023) // 1024):  # of 128 bytes
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at + line * (1024 // bits)],
+                                      dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load_reciprocal(den, start, rows, n):
+    """1 / den, and zero in rows that are not there or whose denominator was below eps, which is stored as infinity."""
+    return 1.0 / tl.load(den + start + rows, mask=rows < n, other=float("inf"))
 
 
 @triton.jit
@@ -86,18 +112,19 @@ def softmaxes(raw, w, b, scale, BIAS: tl.constexpr, PREC: tl.constexpr):
         u += b[None, :]
     p = tl.exp2(u * LOG2E - (tl.max(u, axis=1) * LOG2E)[:, None])
     m = tl.exp2((tl.min(u, axis=1) * LOG2E)[:, None] - u * LOG2E)
-    return p * (scale / tl.sum(p, axis=1))[:, None], m * (scale / tl.sum(m, axis=1))[:, None]
+    return p * (scale / tl.sum(p, axis=1, keep_dims=True)), m * (scale / tl.sum(m, axis=1, keep_dims=True))
 
 
 @triton.jit
-def features(raw, x, start, rows, stride, cols, w, b, T, scale, MAP: tl.constexpr, BIAS: tl.constexpr,
+def features(raw, x, start, rows, stride, cols, w, b, n, scale, MAP: tl.constexpr, BIAS: tl.constexpr,
              PREC: tl.constexpr):
-    """The halves of phi in float32. `scale` is 0 in rows that are not there. Without MAP, raw is the first half, and
-    the second lies beside it in x."""
+    """The halves of phi in float32, each row times its `scale`, zero for rows that are not there. Without MAP, raw is
+    the first half, and the second lies beside it in x."""
     if MAP:
         p, m = softmaxes(raw, w, b, scale, BIAS, PREC)
     else:
-        p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, T, tl.float32)
+        p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, n, tl.float32)
+        p, m = p * scale, m * scale
     return p, m
 
 
@@ -141,20 +168,34 @@ def store_chunk_state(c, zs, program, half, rows, cols, DV: tl.constexpr, S, z, 
 
 
 @triton.jit
-def load_chunk_state(c, program, half, rows, cols, DV: tl.constexpr):
-    at = (2 * program + half) * rows.shape[0] + rows
-    return tl.load(c + at[:, None] * DV + cols[None, :])
+def load_chunk_state(states, before, program, seg, half, rows, cols, DV: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The sum before a chunk within its segment, and with SEGMENTS what came before the segment."""
+    at = rows[:, None] * DV + cols[None, :]
+    x = tl.load(states + (2 * program + half) * rows.shape[0] * DV + at)
+    if SEGMENTS:
+        x = (x.to(tl.float32) + tl.load(before + (2 * seg + half) * rows.shape[0] * DV + at)).to(x.dtype)
+    return x
 
 
 @triton.jit
-def feature_gradient(g, dA, other, y, start, rows, stride, T, states, program, half, cols, DV: tl.constexpr,
-                     BV: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+def load_chunk_z(z, before, program, seg, half, rows, SEGMENTS: tl.constexpr):
+    x = tl.load(z + (2 * program + half) * rows.shape[0] + rows)
+    if SEGMENTS:
+        x += tl.load(before + (2 * seg + half) * rows.shape[0] + rows)
+    return x
+
+
+@triton.jit
+def feature_gradient(g, dA, other, y, start, rows, stride, n, states, before, program, seg, half, cols,
+                     DV: tl.constexpr, BV: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr,
+                     PREC: tl.constexpr):
     """One half of dphi_k: g + dA^T phi_q + v R^T, with y = v, other = that half of phi_q and states = R."""
     g = tl.dot(dA, other, g, input_precision=PREC)
     for j in tl.static_range(DV // BV):
         c = j * BV + tl.arange(0, BV)
-        values = load_tile(y, start, rows, stride, c, T, dtype)
-        g = tl.dot(values, tl.trans(load_chunk_state(states, program, half, cols, c, DV)), g, input_precision=PREC)
+        values = load_tile(y, start, rows, stride, c, n, dtype)
+        state = load_chunk_state(states, before, program, seg, half, cols, c, DV, SEGMENTS)
+        g = tl.dot(values, tl.trans(state), g, input_precision=PREC)
     return g
 
 
@@ -177,8 +218,8 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                    BIAS: tl.constexpr, HAS_S0: tl.constexpr, STORE_S1: tl.constexpr, dtype: tl.constexpr,
                    PREC: tl.constexpr):
-    seg, bh, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    b, h, n_seg = bh // H, bh % H, tl.num_programs(0)
+    bh, seg, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    b, h, n_seg = bh // H, bh % H, tl.num_programs(1)
     q, k, v, o = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, o + b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
     causal = rows[:, None] >= rows[None, :]
@@ -189,27 +230,30 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
-        rawk = load_tile(k, start, rows, kt, cols, T, dtype)
-        rawq = load_tile(q, start, rows, qt, cols, T, dtype)
-        inside = (start + rows < T).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, T, 1.0, MAP, BIAS, PREC)
-        x = load_tile(v, start, rows, vt, vcols, T, dtype)
+        n = tl.minimum(T - start, L).to(tl.int32)
+        rawq = load_tile(q, start, rows, qt, cols, n, dtype)
+        rawk = load_tile(k, start, rows, kt, cols, n, dtype)
+        x = load_tile(v, start, rows, vt, vcols, n, dtype)
+        # q before k, float32 for as short as can be: registers are what there is least of
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, 1.0, MAP, BIAS, PREC)
         d = tl.sum(qp * zp[None, :], axis=1) + tl.sum(qm * zm[None, :], axis=1)
+        qp, qm = qp.to(dtype), qm.to(dtype)
+        inside = (rows < n).to(tl.float32)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
         zp += tl.sum(kp, axis=0)
         zm += tl.sum(km, axis=0)
-        qp, qm, kp, km = qp.to(dtype), qm.to(dtype), kp.to(dtype), km.to(dtype)
+        kp, km = kp.to(dtype), km.to(dtype)
         A = tl.dot(qp, tl.trans(kp), input_precision=PREC)
         A = tl.dot(qm, tl.trans(km), A, input_precision=PREC)
-        A = tl.where(causal, A, 0.0)
-        d += tl.sum(A, axis=1)
+        A = tl.where(causal, A, 0.0).to(dtype)
+        d += tl.sum(A.to(tl.float32), axis=1)  # of the rounded weights, so that they sum to one
         d = tl.where(d < eps, float("inf"), d)  # such a row attends to nothing: zero, with zero gradient
         y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
         y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
-        y = tl.dot(A.to(dtype), x, y, input_precision=PREC)
-        store_tile(o, start, rows, ot, vcols, T, y * (1.0 / d)[:, None])
+        y = tl.dot(A, x, y, input_precision=PREC)
+        store_tile(o, start, rows, ot, vcols, n, y * (1.0 / d)[:, None])
         if block == 0:
-            tl.store(den + bh * T + start + rows, d, mask=start + rows < T)
+            tl.store(den + bh * T + start + rows, d, mask=rows < n)
         Sp = tl.dot(tl.trans(kp), x, Sp, input_precision=PREC)
         Sm = tl.dot(tl.trans(km), x, Sm, input_precision=PREC)
     if STORE_S1:
@@ -219,215 +263,263 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
 
 
 @triton.jit
-def states_kernel(x, y, w, bias, o, den, dnum, dden, s0, chunks, z, total,
-                  xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
-                  HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                  BIAS: tl.constexpr, HAS_S0: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr,
-                  BACKWARD: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
-    """Sums of phi(x)^T [y, 1], or in the backward pass, from the last token to the first, of phi(x)^T [dnum, dden].
-
-    CHUNKS: write the sum before each chunk. TOTAL: write each segment's sum ("segments"), or the last one ("end").
-    """
-    seg, bh, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    b, h, n_seg, N = bh // H, bh % H, tl.num_programs(0), tl.cdiv(T, L)
+def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
+         xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
+         HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
+         BIAS: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
+         PREC: tl.constexpr, PREFETCH: tl.constexpr):
+    """Sums of phi(x)^T [y, 1] over a segment, or in the backward pass, from its last token to its first, of
+    (phi(x) / den)^T [y, delta] with y = do: with CHUNKS the sum before each chunk, with TOTAL that of the segment."""
+    b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     x, y = x + b * xb + h * xh, y + b * yb + h * yh
     if BACKWARD:
         o += b * ob + h * oh
     cols, vcols, rows = tl.arange(0, HP), block * BV + tl.arange(0, BV), tl.arange(0, L)
     W, B = load_map(w, bias, h, cols, MAP, BIAS, dtype)
-    Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
-    Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
-    n = chunks_of_segment(seg, SEG, T, L)
-    for i in range(n):
-        chunk = seg.to(tl.int64) * (SEG // L) + (n - 1 - i if BACKWARD else i)
+    Sp, Sm = tl.zeros((HP, BV), tl.float32), tl.zeros((HP, BV), tl.float32)
+    zp, zm = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
+    n_chunks = chunks_of_segment(seg, SEG, T, L)
+    for i in range(n_chunks):
+        chunk = seg.to(tl.int64) * (SEG // L) + (n_chunks - 1 - i if BACKWARD else i)
         start = chunk * L
+        n = tl.minimum(T - start, L).to(tl.int32)
         if CHUNKS:
             store_chunk_state(chunks, z, bh * N + chunk, 0, cols, vcols, DV, Sp, zp, block == 0)
             store_chunk_state(chunks, z, bh * N + chunk, 1, cols, vcols, DV, Sm, zm, block == 0)
-        raw = load_tile(x, start, rows, xt, cols, T, dtype)
-        inside = (start + rows < T).to(tl.float32)
+        raw = load_tile(x, start, rows, xt, cols, n, dtype)
+        scale = (rows < n).to(tl.float32)
+        after = start + (-L if BACKWARD else L)
+        prefetch(x, after, rows, xt, HP, T, PREFETCH)
+        prefetch(y, after, rows, yt, DV, T, PREFETCH)
         if BACKWARD:
-            at = bh * T + start + rows
-            r = 1.0 / tl.load(den + at, mask=start + rows < T, other=1.0)  # where den was below eps it is inf: 0
-            dot = tl.zeros((L,), tl.float32)
+            prefetch(o, after, rows, ot, DV, T, PREFETCH)
+            scale = load_reciprocal(den, bh * T + start, rows, n)
+            delta = tl.zeros((L,), tl.float32)
             for j in tl.static_range(DV // BV):
                 c = j * BV + tl.arange(0, BV)
-                dot += tl.sum(load_tile(o, start, rows, ot, c, T, tl.float32)
-                              * load_tile(y, start, rows, yt, c, T, tl.float32), axis=1)
-            value = (load_tile(y, start, rows, yt, vcols, T, tl.float32) * r[:, None]).to(dtype)
+                delta -= tl.sum(load_tile(o, start, rows, ot, c, n, tl.float32)
+                                * load_tile(y, start, rows, yt, c, n, tl.float32), axis=1)
             if CHUNKS:
-                store_tile(dnum + bh * T * DV, start, rows, DV, vcols, T, value)
                 if block == 0:
-                    tl.store(dden + at, -dot * r, mask=start + rows < T)
-            p, m = features(raw, x, start, rows, xt, cols, W, B, T, inside, MAP, BIAS, PREC)
-            zp -= tl.sum(p * (dot * r)[:, None], axis=0)
-            zm -= tl.sum(m * (dot * r)[:, None], axis=0)
+                    tl.store(deltas + bh * T + start + rows, delta, mask=rows < n)
+        value = load_tile(y, start, rows, yt, vcols, n, dtype)
+        p, m = features(raw, x, start, rows, xt, cols, W, B, n, scale[:, None], MAP, BIAS, PREC)
+        if BACKWARD:
+            zp += tl.sum(p * delta[:, None], axis=0)
+            zm += tl.sum(m * delta[:, None], axis=0)
         else:
-            value = load_tile(y, start, rows, yt, vcols, T, dtype)
-            p, m = features(raw, x, start, rows, xt, cols, W, B, T, inside, MAP, BIAS, PREC)
             zp += tl.sum(p, axis=0)
             zm += tl.sum(m, axis=0)
         Sp = tl.dot(tl.trans(p.to(dtype)), value, Sp, input_precision=PREC)
         Sm = tl.dot(tl.trans(m.to(dtype)), value, Sm, input_precision=PREC)
-    if TOTAL == "segments":
+    if TOTAL:
         store_state(total, bh * n_seg + seg, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
         store_state(total, bh * n_seg + seg, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
-    if TOTAL == "end":
-        if seg == (0 if BACKWARD else n_seg - 1):
-            store_state(total, bh, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
-            store_state(total, bh, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
 
 
 @triton.jit
-def prefix_kernel(sums, first, n_seg, size, HAS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """(B H, n_seg, size) sums of the segments -> in their place the sum before each, beginning with `first` or zero."""
-    bh, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    if HAS:
-        total += tl.load(first + bh * size + at, mask=at < size, other=0.0)
-    for i in range(n_seg):
-        here = sums + (bh * n_seg + (n_seg - 1 - i if BACKWARD else i)) * size + at
-        own = tl.load(here, mask=at < size, other=0.0)
-        tl.store(here, total, mask=at < size)
-        total += own
-
-
-@triton.jit
-def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dw, db,
-                  qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, H, T, SEG,
+def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, deltas, r, zr, tr,
+                  kb, kh, kt, vb, vh, vt, qb, qh, qt, yb, yh, yt, ob, oh, ot, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                  BIAS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
-    seg, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+                  BIAS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
+                  PREC: tl.constexpr, PREFETCH: tl.constexpr):
+    """For the forward pass the total of each segment of k and v. For the backward pass the sums before each chunk, S_n
+    and R_n, by independent programs of one launch: together they fill the GPU's last wave better than in turns."""
+    bh, seg, block, n_seg = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    if BACKWARD and block < DV // BV:  # the longer walk first
+        walk(q, do, wq, bq, o, den, deltas, r, zr, tr, seg, bh, block, n_seg, qb, qh, qt, yb, yh, yt, ob, oh, ot,
+             H, T, SEG, HP, DV, BV, L, MAP, BIAS, True, TOTAL, True, dtype, PREC, PREFETCH)
+    else:
+        walk(k, v, wk, bk, o, den, deltas, s, zs, ts, seg, bh, block % (DV // BV), n_seg, kb, kh, kt, vb, vh, vt,
+             0, 0, 0, H, T, SEG, HP, DV, BV, L, MAP, BIAS, BACKWARD, TOTAL, False, dtype, PREC, PREFETCH)
+
+
+@triton.jit
+def prefix_kernel(sums, first, last, states, z, n_seg, HP: tl.constexpr, DV: tl.constexpr, HAS_FIRST: tl.constexpr,
+                  HAS_LAST: tl.constexpr, CHUNKS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """(B H, n_seg, P, DV + 1) sums of the segments -> the sum before each, beginning with `first` or zero: in place, or
+    with CHUNKS in the layout of the chunks' states. The sum of all goes to `last`."""
+    bh, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    size: tl.constexpr = 2 * HP * (DV + 1)
+    row, col, inside = at // (DV + 1), at % (DV + 1), at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    if HAS_FIRST:
+        total += tl.load(first + bh * size + at, mask=inside, other=0.0)
+    for i in range(n_seg):
+        seg = bh * n_seg + (n_seg - 1 - i if BACKWARD else i)
+        own = tl.load(sums + seg * size + at, mask=inside, other=0.0)
+        if CHUNKS:
+            tl.store(states + (seg * 2 * HP + row) * DV + col, total.to(states.dtype.element_ty),
+                     mask=inside & (col < DV))
+            tl.store(z + seg * 2 * HP + row, total, mask=inside & (col == DV))
+        else:
+            tl.store(sums + seg * size + at, total, mask=inside)
+        total += own
+    if HAS_LAST:
+        tl.store(last + bh * size + at, total, mask=inside)
+
+
+@triton.jit
+def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw, db,
+                  qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, H, T, SEG, WALK,
+                  HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
+                  BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr,
+                  PREFETCH: tl.constexpr):
+    bh, seg = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
-    dnum, dden, dq = dnum + bh * T * DV, dden + bh * T, dq + b * xb + h * xh
+    do, dq, den, deltas = do + b * gb + h * gh, dq + b * xb + h * xh, den + bh * T, deltas + bh * T
     cols, rows = tl.arange(0, HP), tl.arange(0, L)
     causal = rows[:, None] >= rows[None, :]
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
+    segment = bh * tl.cdiv(T, WALK) + seg.to(tl.int64) * SEG // WALK
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
+        n = tl.minimum(T - start, L).to(tl.int32)
         program = bh * N + chunk
-        rawk = load_tile(k, start, rows, kt, cols, T, dtype)
-        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), T, dtype)
-        x = load_tile(v, start, rows, vt, tl.arange(0, BV), T, dtype)
-        raw = load_tile(q, start, rows, qt, cols, T, dtype)
-        dd = tl.load(dden + start + rows, mask=start + rows < T, other=0.0)
-        inside = (start + rows < T).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
+        rawk = load_tile(k, start, rows, kt, cols, n, dtype)
+        dy = load_tile(do, start, rows, gt, tl.arange(0, BV), n, dtype)
+        x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
+        raw = load_tile(q, start, rows, qt, cols, n, dtype)
+        delta = tl.load(deltas + start + rows, mask=rows < n, other=0.0)
+        after = start + L
+        prefetch(q, after, rows, qt, HP, T, PREFETCH)
+        prefetch(k, after, rows, kt, HP, T, PREFETCH)
+        prefetch(v, after, rows, vt, DV, T, PREFETCH)
+        prefetch(do, after, rows, gt, DV, T, PREFETCH)
+        if after < T:
+            prefetch(s + (program + 1) * 2 * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
+            prefetch(s + (program * 2 + 3) * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
+        inside = (rows < n).to(tl.float32)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
-        dA = tl.zeros((L, L), tl.float32) + dd[:, None]
-        gp = dd[:, None] * tl.load(z + 2 * program * HP + cols)[None, :]
-        gm = dd[:, None] * tl.load(z + (2 * program + 1) * HP + cols)[None, :]
+        dA = tl.zeros((L, L), tl.float32) + delta[:, None]
+        gp = delta[:, None] * load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
+        gm = delta[:, None] * load_chunk_z(z, z0, program, segment, 1, cols, SEGMENTS)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
             if j > 0:
-                dy = load_tile(dnum, start, rows, DV, c, T, dtype)
-                x = load_tile(v, start, rows, vt, c, T, dtype)
+                dy = load_tile(do, start, rows, gt, c, n, dtype)
+                x = load_tile(v, start, rows, vt, c, n, dtype)
             dA = tl.dot(dy, tl.trans(x), dA, input_precision=PREC)
-            gp = tl.dot(dy, tl.trans(load_chunk_state(s, program, 0, cols, c, DV)), gp, input_precision=PREC)
-            gm = tl.dot(dy, tl.trans(load_chunk_state(s, program, 1, cols, c, DV)), gm, input_precision=PREC)
+            state = load_chunk_state(s, s0, program, segment, 0, cols, c, DV, SEGMENTS)
+            gp = tl.dot(dy, tl.trans(state), gp, input_precision=PREC)
+            state = load_chunk_state(s, s0, program, segment, 1, cols, c, DV, SEGMENTS)
+            gm = tl.dot(dy, tl.trans(state), gm, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
+        r = load_reciprocal(den, start, rows, n)[:, None]
         gp = tl.dot(dA, kp, gp, input_precision=PREC)
         gm = tl.dot(dA, km, gm, input_precision=PREC)
         if MAP:
             p, m = softmaxes(raw, WQ, BQ, 1.0, BIAS, PREC)
-            du = half_gradient(p, gp) - half_gradient(m, gm)
+            du = (half_gradient(p, gp) - half_gradient(m, gm)) * r
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
-            store_tile(dq, start, rows, xt, cols, T, tl.dot(du, tl.trans(WQ), input_precision=PREC))
+            store_tile(dq, start, rows, xt, cols, n, tl.dot(du, tl.trans(WQ), input_precision=PREC))
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
-            store_tile(dq, start, rows, xt, cols, T, gp)
-            store_tile(dq + HP, start, rows, xt, cols, T, gm)
+            store_tile(dq, start, rows, xt, cols, n, gp * r)
+            store_tile(dq + HP, start, rows, xt, cols, n, gm * r)
     if MAP:
-        store_weight_gradient(dw, db, bh * tl.num_programs(0) + seg, cols, dW, dB, BIAS)
+        store_weight_gradient(dw, db, bh * tl.num_programs(1) + seg, cols, dW, dB, BIAS)
 
 
 @triton.jit
-def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dw, db,
-                   qb, qh, qt, kb, kh, kt, vb, vh, vt, xb, xh, xt, yb, yh, yt, H, T, SEG,
+def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, dv, dw, db,
+                   qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, yb, yh, yt, H, T, SEG, WALK,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                   BIAS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
-    seg, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+                   BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+    bh, seg = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
-    dnum, dden, dk, dv = dnum + bh * T * DV, dden + bh * T, dk + b * xb + h * xh, dv + b * yb + h * yh
+    do, den, deltas = do + b * gb + h * gh, den + bh * T, deltas + bh * T
+    dk, dv = dk + b * xb + h * xh, dv + b * yb + h * yh
     cols, rows = tl.arange(0, HP), tl.arange(0, L)
     causal = rows[:, None] <= rows[None, :]                       # (keys, queries): everything here is transposed
     WQ, BQ = load_map(wq, bq, h, cols, MAP, BIAS, dtype)
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
+    segment = bh * tl.cdiv(T, WALK) + seg.to(tl.int64) * SEG // WALK
     for i in range(chunks_of_segment(seg, SEG, T, L)):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
+        n = tl.minimum(T - start, L).to(tl.int32)
         program = bh * N + chunk
-        rawq = load_tile(q, start, rows, qt, cols, T, dtype)
-        raw = load_tile(k, start, rows, kt, cols, T, dtype)
-        dy = load_tile(dnum, start, rows, DV, tl.arange(0, BV), T, dtype)
-        inside = (start + rows < T).to(tl.float32)
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, T, 1.0, MAP, BIAS, PREC)
+        rawq = load_tile(q, start, rows, qt, cols, n, dtype)
+        raw = load_tile(k, start, rows, kt, cols, n, dtype)
+        dy = load_tile(do, start, rows, gt, tl.arange(0, BV), n, dtype)
+        inside = (rows < n).to(tl.float32)
+        scale = load_reciprocal(den, start, rows, n)
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, scale[:, None], MAP, BIAS, PREC)  # psi_q
         qp, qm = qp.to(dtype), qm.to(dtype)
-        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, T, inside, MAP, BIAS, PREC)
+        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
-        x = load_tile(v, start, rows, vt, tl.arange(0, BV), T, dtype)
+        x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
         A = tl.dot(kp, tl.trans(qp), input_precision=PREC)
         A = tl.dot(km, tl.trans(qm), A, input_precision=PREC)
         A = tl.where(causal, A, 0.0).to(dtype)
-        dA = tl.zeros((L, L), tl.float32) + tl.load(dden + start + rows, mask=start + rows < T, other=0.0)[None, :]
+        dA = tl.zeros((L, L), tl.float32) + tl.load(deltas + start + rows, mask=rows < n, other=0.0)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
             if j > 0:
-                dy = load_tile(dnum, start, rows, DV, c, T, dtype)
-                x = load_tile(v, start, rows, vt, c, T, dtype)
+                dy = load_tile(do, start, rows, gt, c, n, dtype)
+                x = load_tile(v, start, rows, vt, c, n, dtype)
             y = tl.dot(A, dy, input_precision=PREC)
-            y = tl.dot(kp, load_chunk_state(r, program, 0, cols, c, DV), y, input_precision=PREC)
-            y = tl.dot(km, load_chunk_state(r, program, 1, cols, c, DV), y, input_precision=PREC)
-            store_tile(dv, start, rows, yt, c, T, y)
+            state = load_chunk_state(r, r0, program, segment, 0, cols, c, DV, SEGMENTS)
+            y = tl.dot(kp, state, y, input_precision=PREC)
+            state = load_chunk_state(r, r0, program, segment, 1, cols, c, DV, SEGMENTS)
+            y = tl.dot(km, state, y, input_precision=PREC)
+            store_tile(dv, start, rows, yt, c, n, y)
             dA = tl.dot(x, tl.trans(dy), dA, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
-        g = tl.zeros((L, HP), tl.float32) + tl.load(z + 2 * program * HP + cols)[None, :]
-        g = feature_gradient(g, dA, qp, v, start, rows, vt, T, r, program, 0, cols, DV, BV, dtype, PREC)
+        g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
+        g = feature_gradient(g, dA, qp, v, start, rows, vt, n, r, r0, program, segment, 0, cols, DV, BV, SEGMENTS,
+                             dtype, PREC)
         if MAP:
             du = half_gradient(kp, g)
         else:
-            store_tile(dk, start, rows, xt, cols, T, g)
-        g = tl.zeros((L, HP), tl.float32) + tl.load(z + (2 * program + 1) * HP + cols)[None, :]
-        g = feature_gradient(g, dA, qm, v, start, rows, vt, T, r, program, 1, cols, DV, BV, dtype, PREC)
+            store_tile(dk, start, rows, xt, cols, n, g)
+        g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 1, cols, SEGMENTS)[None, :]
+        g = feature_gradient(g, dA, qm, v, start, rows, vt, n, r, r0, program, segment, 1, cols, DV, BV, SEGMENTS,
+                             dtype, PREC)
         if MAP:
             du -= half_gradient(km, g)
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
-            store_tile(dk, start, rows, xt, cols, T, tl.dot(du, tl.trans(WK), input_precision=PREC))
+            store_tile(dk, start, rows, xt, cols, n, tl.dot(du, tl.trans(WK), input_precision=PREC))
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
-            store_tile(dk + HP, start, rows, xt, cols, T, g)
+            store_tile(dk + HP, start, rows, xt, cols, n, g)
     if MAP:
-        store_weight_gradient(dw, db, bh * tl.num_programs(0) + seg, cols, dW, dB, BIAS)
+        store_weight_gradient(dw, db, bh * tl.num_programs(1) + seg, cols, dW, dB, BIAS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
+PREFETCH = isinstance(forward_kernel, triton.JITFunction)  # no inline assembly in the interpreter
 
-def segment_length(B, H, T, n_blocks, L, device):
-    """Tokens a program walks along: the whole sequence if B H programs fill the GPU, else as many chunks as fill it."""
+
+def segments(programs, T, L, device, cost):
+    """(tokens of a segment, how many): cut T so that whole waves of programs, each of which lasts cost(c, chunks) when
+    cut into c segments of so many chunks, take the least time."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    segments = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // (B * H * n_blocks))
-    chunks = -(-T // L)
-    return L * max(-(-chunks // segments), min(chunks, 4))
+    slots, n_chunks = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, -(-T // L)
+    time = {c: -(-programs * c // slots) * cost(c, -(-n_chunks // c)) for c in range(1, min(n_chunks, 64) + 1)}
+    chunks = -(-n_chunks // min(time, key=time.get))
+    return chunks * L, -(-n_chunks // chunks)
 
 
 def options(q, v, has_map, bias):
     """The compile-time part of every launch. HP: half the feature width, which is D where the map is made inside."""
     HP = q.shape[-1] if has_map else q.shape[-1] // 2
     DV = v.shape[-1]
-    dtype, precision = {torch.bfloat16: (tl.bfloat16, "ieee"), torch.float16: (tl.float32, "tf32"),
-                        torch.float32: (tl.float32, "tf32x3")}[v.dtype]
+    dtype, precision = (tl.bfloat16, "ieee") if v.dtype == torch.bfloat16 else (tl.float32, "tf32x3")
     L = 64 if v.dtype == torch.bfloat16 else 32 if HP <= 64 else 16  # what fits into shared memory
     return dict(HP=HP, DV=DV, BV=min(DV, 64), L=L, MAP=has_map, BIAS=bias, dtype=dtype, PREC=precision,
                 num_warps=4 if HP <= 64 else 8)
@@ -438,53 +530,37 @@ def projections_like(*tensors):
     return [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in tensors]
 
 
-def walk(x, y, w, b, o, den, dnum, dden, first, total, opt, backward, chunks):
-    """`states_kernel` along all of T, in segments that begin where the one before ends.
-
-    Returns with `chunks` the sums before each chunk (S_n or R_n, and z_n or r_n), without it what `forward_kernel`
-    needs to walk by itself: the state before each segment or None, the tokens of a segment, the grid.
-    """
-    B, H, T, _ = x.shape
-    L, DV = opt["L"], opt["DV"]
-    n_blocks = DV // opt["BV"]
-    seg = segment_length(B, H, T, n_blocks, L, x.device)
-    n_seg = -(-T // seg)
-    grid = (n_seg, B * H, n_blocks)
-    other = o if backward else y
-
-    def launch(s0, chunks, z, total, which):
-        states_kernel[grid](x, y, w, b, o, den, dnum, dden, s0, chunks, z, total, *x.stride()[:3], *y.stride()[:3],
-                            *other.stride()[:3], H, T, seg, HAS_S0=s0 is not None, CHUNKS=chunks is not None,
-                            TOTAL=which, BACKWARD=backward, num_stages=1, **opt)
-
-    s0 = None if first is None else first.contiguous()
-    if n_seg > 1:
-        sums = x.new_empty(B * H, n_seg, 2 * opt["HP"] * (DV + 1), dtype=torch.float32)
-        launch(None, None, None, sums, "segments")
-        prefix_kernel[(B * H, triton.cdiv(sums.shape[-1], 1024))](
-            sums, s0, n_seg, sums.shape[-1], HAS=s0 is not None, BACKWARD=backward, BLOCK=1024)
-        s0 = sums
-    if chunks:
-        shape, dtype = (B * H, -(-T // L), 2 * opt["HP"]), x.dtype if opt["dtype"] is tl.bfloat16 else torch.float32
-        states, z = x.new_empty(*shape, DV, dtype=dtype), x.new_empty(shape, dtype=torch.float32)
-        launch(s0, states, z, total, "" if total is None else "end")
-        return states, z
-    return s0, seg, grid
+def prefix(sums, first, last, states, z, opt, backward):
+    """`prefix_kernel` over sums (B H, n_seg, P (DV + 1)); `first`, `last`, and `states` and `z`, may be None."""
+    n_seg, size = sums.shape[1:]
+    prefix_kernel[(sums.shape[0], triton.cdiv(size, 1024))](
+        sums, first, last, states, z, n_seg, HP=opt["HP"], DV=opt["DV"], HAS_FIRST=first is not None,
+        HAS_LAST=last is not None, CHUNKS=states is not None, BACKWARD=backward, BLOCK=1024)
 
 
-@torch.library.custom_op("hedgehog::attention", mutates_args=())
-def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor | None,
-                 bq: torch.Tensor | None, bk: torch.Tensor | None, state: torch.Tensor | None, return_state: bool,
-                 eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None,
+                      wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None,
+                      state: torch.Tensor | None, return_state: bool,
+                      eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, den (B, H, T), the state after the last token (B, H, P, D+1), or an empty one)."""
     B, H, T, _ = q.shape
     opt = options(q, v, wq is not None, bq is not None)
     o, den, s1 = attention_outputs(q, v, wq, return_state)
-    s0, seg, grid = walk(k, v, wk, bk, None, None, None, None, state, None, opt, backward=False, chunks=False)
+    n_blocks, size = opt["DV"] // opt["BV"], 2 * opt["HP"] * (opt["DV"] + 1)
+    # To walk for the sums of the segments first takes half as long again.
+    seg, n_seg = segments(B * H * n_blocks, T, opt["L"], q.device, lambda c, n: n if c == 1 else 1.5 * n + 2)
+    s0 = state
+    if n_seg > 1:
+        s0 = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
+        states_kernel[(B * H, n_seg, n_blocks)](
+            k, v, wk, bk, None, None, s0, *[None] * 10, *k.stride()[:3], *v.stride()[:3], *[0] * 9, H, T, seg,
+            TOTAL=True, BACKWARD=False, PREFETCH=PREFETCH, num_stages=1, **opt)
+        prefix(s0, state, None, None, None, opt, backward=False)
     num_stages = 2 if v.dtype == torch.bfloat16 and opt["HP"] <= 64 else 1  # elsewhere shared memory is full with one
-    forward_kernel[grid](q, k, v, wq, wk, bq, bk, s0, o, den, s1, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                         *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state,
-                         num_stages=num_stages, **opt)
+    forward_kernel[(B * H, n_seg, n_blocks)](
+        q, k, v, wq, wk, bq, bk, s0, o, den, s1, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state,
+        num_stages=num_stages, **opt)
     return o, den, s1
 
 
@@ -494,49 +570,70 @@ def attention_outputs(q, v, wq, return_state):
     return (*projections_like(v), q.new_empty(B, H, T, dtype=torch.float32), q.new_empty(state, dtype=torch.float32))
 
 
-@attention_op.register_fake
-def _(q, k, v, wq, wk, bq, bk, state, return_state, eps):
+def attention_fake(q, k, v, wq, wk, bq, bk, state, return_state, eps):
     return attention_outputs(q, v, wq, return_state)
 
 
-@torch.library.custom_op("hedgehog::attention_backward", mutates_args=())
-def backward_op(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                wq: torch.Tensor | None, wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None,
-                state: torch.Tensor | None, o: torch.Tensor, den: torch.Tensor) -> list[torch.Tensor]:
+def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                     wq: torch.Tensor | None, wk: torch.Tensor | None, bq: torch.Tensor | None,
+                     bk: torch.Tensor | None, state: torch.Tensor | None, o: torch.Tensor,
+                     den: torch.Tensor) -> list[torch.Tensor]:
     """[dq, dk, dv, dwq, dwk, dbq, dbk, dstate]; those that nothing asked for are empty."""
     B, H, T, _ = q.shape
-    if do.stride(-1) != 1:
+    if do.stride(-1) != 1 or do.stride(2) >= 2**24:
         do = do.contiguous()
     opt = options(q, v, wq is not None, bq is not None)
     HP, float32 = opt["HP"], torch.float32
-    seg = CHUNKS_PER_PROGRAM * opt["L"]
-    grid = (-(-T // seg), B * H)
+    n_chunks = -(-T // opt["L"])
+    seg = max(CHUNKS_PER_PROGRAM, -(-n_chunks // 65535)) * opt["L"]  # 65,535 is the most that a grid may have
+    grid = (B * H, -(-T // seg))
 
     def parts(w, b):
         """Where each program writes its share of dW and db."""
-        return (None if w is None else q.new_empty(B, H, grid[0], HP, HP, dtype=float32),
-                None if b is None else q.new_empty(B, H, grid[0], HP, dtype=float32))
+        return (None if w is None else q.new_empty(B, H, grid[1], HP, HP, dtype=float32),
+                None if b is None else q.new_empty(B, H, grid[1], HP, dtype=float32))
 
     (dwq, dbq), (dwk, dbk) = parts(wq, bq), parts(wk, bk)
     dq, dk, dv = projections_like(q, k, v)
-    dnum = q.new_empty(B, H, T, v.shape[-1], dtype=v.dtype if opt["dtype"] is tl.bfloat16 else float32)
-    dden = torch.empty_like(den)
+    deltas = torch.empty_like(den)
     dstate = torch.empty_like(state) if state is not None else None
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    r, z = walk(q, do, wq, bq, o, den, dnum, dden, ds1, dstate, opt, backward=True, chunks=True)
-    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, z, dnum, dden, dk, dv, dwk, dbk, *strides, *dk.stride()[:3],
-                         *dv.stride()[:3], H, T, seg, num_stages=1, **opt)
-    s, z = walk(k, v, wk, bk, None, None, None, None, state, None, opt, backward=False, chunks=True)
-    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, z, dnum, dden, dq, dwq, dbq, *strides, *dq.stride()[:3], H, T, seg,
-                        num_stages=1, **opt)
-    empty = lambda: q.new_empty(0, dtype=float32)  # noqa: E731
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
+    n_blocks, size = opt["DV"] // opt["BV"], 2 * HP * (opt["DV"] + 1)
+    # Segments cost the gradient kernels about as much as 20 more chunks of this walk.
+    walk_tokens, n_seg = segments(2 * B * H * n_blocks, T, opt["L"], q.device, lambda c, n: n + 20 * (c > 1))
+    if n_seg > 1:  # a program of the gradient kernels reads from one segment alone
+        walk_tokens = -(-walk_tokens // seg) * seg
+        n_seg = -(-T // walk_tokens)
+    held = q.dtype if opt["dtype"] is tl.bfloat16 else float32
+    s, r = q.new_empty(2, B * H, n_chunks, 2 * HP, opt["DV"], dtype=held)
+    zs, zr = q.new_empty(2, B * H, n_chunks, 2 * HP, dtype=float32)
+    total = n_seg > 1 or state is not None or ds1 is not None
+    ts = tr = s0 = zs0 = r0 = zr0 = None
+    if total:
+        ts, tr = q.new_empty(2, B * H, n_seg, size, dtype=float32)
+    states_kernel[(B * H, n_seg, 2 * n_blocks)](
+        k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, deltas, r, zr, tr, *k.stride()[:3], *v.stride()[:3],
+        *q.stride()[:3], *do.stride()[:3], *o.stride()[:3], H, T, walk_tokens, TOTAL=total, BACKWARD=True,
+        PREFETCH=PREFETCH, num_stages=1, **opt)
+    if total:
+        exact = float32 if state is not None or ds1 is not None else held  # a given state is rounded once, not twice
+        s0, r0 = q.new_empty(2, B * H, n_seg, 2 * HP, opt["DV"], dtype=exact)
+        zs0, zr0 = q.new_empty(2, B * H, n_seg, 2 * HP, dtype=float32)
+        prefix(ts, state, None, s0, zs0, opt, backward=False)
+        prefix(tr, ds1, dstate, r0, zr0, opt, backward=True)
+    grad_kv_kernel[grid](q, k, v, wq, wk, bq, bk, r, zr, r0, zr0, do, den, deltas, dk, dv, dwk, dbk, *strides,
+                         *dk.stride()[:3], *dv.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1,
+                         **opt)
+    grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, zs, s0, zs0, do, den, deltas, dq, dwq, dbq, *strides,
+                        *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, PREFETCH=PREFETCH, num_stages=1,
+                        **opt)
+    empty = lambda: q.new_empty(0, dtype=float32)
     sums = [empty() if x is None else x.sum(dim=(0, 2)).to(w.dtype)
             for x, w in ((dwq, wq), (dwk, wk), (dbq, bq), (dbk, bk))]
     return [dq, dk, dv, *sums, empty() if dstate is None else dstate]
 
 
-@backward_op.register_fake
-def _(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den):
+def backward_fake(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den):
     empty = q.new_empty(0, dtype=torch.float32)
     return [*projections_like(q, k, v),
             *(torch.empty_like(empty if w is None else w) for w in (wq, wk, bq, bk)),
@@ -549,13 +646,20 @@ def save_for_backward(ctx, inputs, output):
     ctx.return_state = return_state
 
 
-def run_backward(ctx, do, dden, ds1):
+def run_backward(ctx, do, _, ds1):
     *inputs, o, den = ctx.saved_tensors
-    grads = backward_op(do, ds1 if ctx.return_state else None, *inputs, o, den)
+    grads = torch.ops.hedgehog.attention_backward(do, ds1 if ctx.return_state else None, *inputs, o, den)
     return (*(g if x is not None else None for g, x in zip(grads, inputs)), None, None)
 
 
-attention_op.register_autograd(run_backward, setup_context=save_for_backward)
+# torch.library.custom_op would do this in one line, and check at each call that no output shares memory with an input,
+# which takes longer than a small forward pass.
+for name, kernels, fake in (("hedgehog::attention", attention_kernels, attention_fake),
+                            ("hedgehog::attention_backward", backward_kernels, backward_fake)):
+    torch.library.define(name, torch.library.infer_schema(kernels, mutates_args=()))
+    torch.library.impl(name, "default", kernels)
+    torch.library.register_fake(name, fake)
+torch.library.register_autograd("hedgehog::attention", run_backward, setup_context=save_for_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,7 +667,7 @@ attention_op.register_autograd(run_backward, setup_context=save_for_backward)
 
 
 # KiB that a program takes on a Hopper GPU, with half the features at most 64, and with more.
-SHARED = {torch.bfloat16: (96, 144), torch.float16: (136, 224), torch.float32: (136, 136)}
+SHARED = {torch.bfloat16: (96, 144), torch.float16: (136, 136), torch.float32: (136, 136)}
 
 
 @torch.compiler.assume_constant_result
@@ -622,15 +726,17 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
     state being (B, H, P, D+1) in float32. Raises ValueError for what does not match, and for what `unsupported` names.
     """
     check_inputs(q, k, v, wq, wk, bq, bk, state)
-    if v.dtype == torch.float32 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
+    if v.dtype != torch.bfloat16 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
         q, k = (phi(x, w, b) for x, w, b in ((q, wq, bq), (k, wk, bk)))
         wq = wk = bq = bk = None
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    # The kernels count within a chunk in 32 bits, from chunk to chunk in 64.
+    q, k, v = (x if x.stride(-1) == 1 and x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
     wq, wk, bq, bk, state = (x if x is None else x.contiguous() for x in (wq, wk, bq, bk, state))
-    y, _, state = attention_op(q, k, v, wq, wk, bq, bk, state, return_state, eps)
+    y, _, state = torch.ops.hedgehog.attention(q, k, v, wq, wk, bq, bk, state, return_state, eps)
     return (y, state) if return_state else y
 
 
 def phi(x, w, b):
-    u = x @ w if b is None else x @ w + b.unsqueeze(-2)
+    u = x.to(w.dtype) @ w
+    u = u if b is None else u + b.unsqueeze(-2)
     return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # hedgehog.py lies there, and is not an installed package
 from hedgehog import GPT, GPTConfig, LinearAttention  # noqa: E402
-from train_gpt import device_name, provenance  # noqa: E402
+from train_gpt import device_name, provenance, save_json  # noqa: E402
 
 MIB = 2**20
 # Whose ratios are printed at the end.
@@ -53,8 +53,8 @@ def softmax(q, k, v, backend=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def make_forms(layer, device):
-    """Our forms, all with the maps of `layer`, softmax attention, and the libraries found on this machine."""
+def make_forms(layer, device, peers=True):
+    """Our forms, all with the maps of `layer`, softmax attention, and with `peers` the libraries on this machine."""
     kept = LinearAttention(layer.map_q.weight.shape[0], layer.map_q.weight.shape[-1], segment_size=0,
                            chunk_size=64 if device == "cpu" else 128)
     kept.map_q, kept.map_k = layer.map_q, layer.map_k
@@ -62,12 +62,12 @@ def make_forms(layer, device):
         backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
                     "efficient": SDPBackend.EFFICIENT_ATTENTION}
         forms = {f"softmax, {name}": functools.partial(softmax, backend=b) for name, b in backends.items()}
-        # dynamic=False: `check` runs at another T first, after which torch.compile would make slower kernels for any T.
         chunked = torch.compile(functools.partial(kept, form="chunked"), fullgraph=True, dynamic=False)
-        return forms | {"fused": functools.partial(layer, form="auto"), "chunked": chunked} | fla_kernels(layer)
+        forms |= {"fused": functools.partial(layer, form="auto"), "chunked": chunked}
+        return forms | (fla_kernels(layer) if peers else {})
     forms = {"softmax": softmax, "chunked": layer, "chunked, all kept": kept,
              "cumsum": functools.partial(layer, form="cumsum"), "quadratic": functools.partial(layer, form="quadratic")}
-    return forms | fast_transformers(layer) | fla_reference(layer)
+    return forms | (fast_transformers(layer) | fla_reference(layer) if peers else {})
 
 
 def fast_transformers(layer):
@@ -187,12 +187,17 @@ def random_inputs(B, H, T, D, dtype, device, form=None):
     return [y.clone().requires_grad_() for y in qkv], grad
 
 
-def check(forms, layer, H, D, dtype, device, T=128):
-    """Outputs and gradients of all forms but softmax against the quadratic form: a time for a wrong result is none."""
-    inputs, grad = random_inputs(1, H, T, D, dtype, device)
-    weights = list(layer.parameters())
-    oracle = functools.partial(layer, form="quadratic")
-    expected = (oracle(*inputs), *make_run(oracle, inputs, weights, grad)())
+def check(forms, layer, B, H, T, D, dtype, device):
+    """Outputs and gradients of all forms but softmax against ours in float32: a time for a wrong result is none.
+
+    On CUDA at the shape that is timed, so that nothing is compiled twice, against the chunked form.
+    """
+    if device == "cpu":
+        B, T = 1, 128
+    inputs, grad = random_inputs(B, H, T, D, dtype, device)
+    weights, exact = list(layer.parameters()), [x.detach().float().requires_grad_() for x in inputs]
+    oracle = functools.partial(layer, form="quadratic" if device == "cpu" else "chunked")
+    expected = (oracle(*exact), *make_run(oracle, exact, weights, grad.float())())
     for name, form in forms.items():
         if "softmax" in name or hasattr(form, "takes_features"):
             continue
@@ -200,7 +205,7 @@ def check(forms, layer, H, D, dtype, device, T=128):
         for what, a, b in zip(("y", "dq", "dk", "dv", "dW of q", "dW of k"), got, expected, strict=True):
             error = ((a - b).float().norm() / b.float().norm()).item()
             if not error < (1e-4 if dtype == torch.float32 else 2e-2):
-                raise SystemExit(f"{name} is not the quadratic form: {what} differs by {error:.1e} of its norm")
+                raise SystemExit(f"{name} is not our form in float32: {what} differs by {error:.1e} of its norm")
 
 
 def measure(T, args, common):
@@ -208,8 +213,8 @@ def measure(T, args, common):
     torch.manual_seed(0)
     device, dtype, B, H, D = args.device, getattr(torch, args.dtype), max(1, args.tokens // T), args.heads, args.dim
     layer = LinearAttention(H, D).to(device)
-    forms, weights, rows = make_forms(layer, device), list(layer.parameters()), []
-    check(forms, layer, H, D, dtype, device)
+    forms, weights, rows = make_forms(layer, device, T in args.peers), list(layer.parameters()), []
+    check(forms, layer, B, H, T, D, dtype, device)
     formulas = {name: held_bytes(name, B, H, T, D, dtype.itemsize) for name in forms}
     for name, held in formulas.items():
         if held and held > args.limit_mib * MIB:
@@ -240,7 +245,7 @@ def measure(T, args, common):
 
 
 @torch.no_grad()
-def measure_decoding(args, common):
+def measure_decoding(batch, args, common):
     """Time for one token after a past of p tokens, by a GPT of two layers; all pasts and both attentions take turns.
 
     On CUDA this is the GPU's own time, launches hidden. Softmax gets FlashAttention there: with torch's default backend
@@ -250,14 +255,15 @@ def measure_decoding(args, common):
     sequences, backend = [], [SDPBackend.FLASH_ATTENTION] if args.device == "cuda" else None
     for form, attention in (("hedgehog decode", "hedgehog"), ("softmax decode (kv cache)", "softmax")):
         torch.manual_seed(0)
-        block_size = max(10240, max(args.decode) + args.decode_tokens + args.warmup)
+        pasts = [p for p in args.decode if batch * p <= 2**21]  # more is left out: the prompts alone fill a GPU
+        block_size = max(10240, max(pasts) + args.decode_tokens + args.warmup)
         model = GPT(GPTConfig(block_size, vocab_size=256, n_layer=2, n_head=args.heads, n_embd=args.heads * args.dim,
                               attention=attention)).to(args.device, getattr(torch, args.dtype)).eval()
-        for p in args.decode:
+        for p in pasts:
             cache = model.new_cache()
-            model(torch.randint(256, (args.decode_batch, p), device=args.device), cache=cache)
+            model(torch.randint(256, (batch, p), device=args.device), cache=cache)
             sequences.append((form, p, model, cache, []))
-    token = torch.randint(256, (args.decode_batch, 1), device=args.device)
+    token = torch.randint(256, (batch, 1), device=args.device)
     for i in range(args.warmup + args.decode_tokens):
         for _, _, model, cache, ms in sequences:
             with sdpa_kernel(backend) if backend else contextlib.nullcontext():
@@ -268,10 +274,62 @@ def measure_decoding(args, common):
         used = held if "hedgehog" in form else held * p // model.config.block_size
         rows.append({"form": form, "T": p, "pass": "decode", "ms": statistics.median(ms[args.warmup:]),
                      "state_bytes_per_layer": used, "allocated_bytes_per_layer": held, "n_layer": 2,
-                     "B": args.decode_batch, "repeats": args.decode_tokens, **common})
+                     "B": batch, "repeats": args.decode_tokens, **common})
         if backend and "softmax" in form:
             rows[-1]["backend"] = "flash"
     return rows
+
+
+def measure_training(T, args, common):
+    """Tokens/s and peak memory of training GPT-2's 124M size, compiled on CUDA; the models take turns, a step each.
+
+    Forward, backward and AdamW in bfloat16 autocast on random tokens. Run in a fresh process: what a compiled model
+    keeps would count as memory of the next.
+    """
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device, n_layer, vocab = args.device, args.train_layers, 50304
+    idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
+    steps, rows = {}, []
+    for name in args.train_forms:
+        attention = "softmax" if name == "softmax" else "hedgehog"
+        model = GPT(GPTConfig(T, vocab, n_layer, args.heads, args.heads * args.dim, attention=attention, chunk_size=128,
+                              segment_size=0)).to(device)
+        if name == "chunked":
+            for block in model.transformer.h:
+                block.attn.linear.forward = functools.partial(block.attn.linear.forward, form="chunked")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False) if device == "cuda" else model
+
+        def step(compiled=compiled, optimizer=optimizer):
+            with torch.autocast(device, torch.bfloat16):
+                loss = compiled(idx[:, :-1], idx[:, 1:])[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step()  # compiles
+        steps[name] = step
+        weights = sum(p.nbytes for p in model.parameters())
+        rows.append({"form": f"gpt, {name}", "T": T, "pass": "training step", "B": idx.shape[0], "n_layer": n_layer,
+                     "repeats": args.train_steps, **common,
+                     "peak_mib": peak_mib(step, device) + 3 * weights / MIB})  # and AdamW's two moments
+    seconds = {name: [] for name in steps}
+    for _ in range(args.warmup + args.train_steps):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    for row, times in zip(rows, seconds.values()):
+        median = statistics.median(times[args.warmup:])
+        row |= {"ms": 1e3 * median, "tokens_per_second": idx[:, 1:].numel() / median}
+    return rows
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,13 +359,18 @@ def findings(rows):
         longer, batch = Ts[-1] / Ts[-2], a["B"] / b["B"]
         said.append(f"chunked from T={Ts[-2]} to {Ts[-1]}, {longer:.1f}x the length: {batch * b['ms'] / a['ms']:.2f}x "
                     f"the time a sequence, {batch * b['peak_mib'] / a['peak_mib']:.2f}x the memory")
-    for form in ("hedgehog decode", "softmax decode (kv cache)"):
-        decode = [r for r in rows if r["form"] == form]
-        if decode:
-            a, b = decode[0], decode[-1]
-            said.append(f"{form}: {a['ms']:.2f} ms a token and {a['state_bytes_per_layer']:,} bytes a layer at "
-                        f"position {a['T']:,}, {b['ms']:.2f} ms, {b['state_bytes_per_layer']:,} bytes at {b['T']:,}: "
-                        f"{b['ms'] / a['ms']:.2f}x the time")
+    for form, batch in sorted({(r["form"], r["B"]) for r in rows if r["pass"] == "decode"}):
+        decode = [r for r in rows if (r["form"], r["B"]) == (form, batch)]
+        a, b = decode[0], decode[-1]
+        said.append(f"{form}, batch {batch}: {a['ms']:.2f} ms a token and {a['state_bytes_per_layer']:,} bytes a layer "
+                    f"at position {a['T']:,}, {b['ms']:.2f} ms, {b['state_bytes_per_layer']:,} bytes at {b['T']:,}: "
+                    f"{b['ms'] / a['ms']:.2f}x the time")
+    for form, T in [(f, T) for f, T, n in at if n == "training step" and f != "gpt, softmax"]:
+        a, b = at[form, T, "training step"], at.get(("gpt, softmax", T, "training step"))
+        if b:
+            said.append(f"training at T={T}: {form} {a['tokens_per_second']:,.0f} tokens/s, "
+                        f"{a['tokens_per_second'] / b['tokens_per_second']:.2f}x softmax's "
+                        f"{b['tokens_per_second']:,.0f}, with {a['peak_mib'] / b['peak_mib']:.2f}x the memory")
     return said
 
 
@@ -323,7 +386,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--T", type=int, nargs="+", help="lengths (default: 256 to 8192 on the CPU, 512 to 65536 on CUDA)")
+    add("--T", type=int, nargs="*", help="lengths (default: 256 to 8192 on the CPU, 512 to 65536 on CUDA)")
+    add("--peers", type=int, nargs="*", help="lengths at which other libraries join (default: all, on CUDA 1024 4096 "
+        "16384: flash-linear-attention tunes itself for a minute at each)")
     add("--long", action="store_true", help="add T=16384 on the CPU")
     add("--tokens", type=int, help="B is this over T, at least 1 (default: 1 on the CPU, 32768 on CUDA)")
     add("--heads", type=int, default=12)
@@ -332,16 +397,27 @@ def parse(argv):
     add("--repeats", type=int, default=11, help="turns of every form at T >= 4096; up to 8 times as many below")
     add("--warmup", type=int, default=2)
     add("--limit-mib", type=float, default=512, help="leave a form out where its largest tensor would be larger")
-    add("--decode", type=int, nargs="*", default=(100, 1000, 10000), help="positions at which generation is timed")
+    add("--decode", type=int, nargs="*",
+        help="positions at which generation is timed (default: 100 1000 10000, on CUDA 1000 4000 16000 64000)")
     add("--decode-tokens", type=int, default=60)
-    add("--decode-batch", type=int, default=1)
-    add("--out", type=Path, help="default: experiments/results/benchmark-DEVICE.json")
+    add("--decode-batch", type=int, nargs="+", help="default: 1, on CUDA 1 and 64")
+    add("--train", type=int, nargs="*", help="lengths at which a GPT is trained (default: 1024 4096 16384 on CUDA)")
+    add("--train-forms", nargs="+", default=("softmax", "fused"), choices=("softmax", "fused", "chunked"))
+    add("--train-layers", type=int, default=12)
+    add("--train-steps", type=int, default=15, help="turns of every model")
+    add("--out", type=Path, help="default: experiments/results/benchmark-DEVICE.json; what it holds of other lengths "
+        "and passes is kept")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU here")
     cpu = args.device == "cpu"
-    args.T = args.T or ([2**n for n in range(8, 15 if args.long else 14)] if cpu else [2**n for n in range(9, 17)])
+    if args.T is None:
+        args.T = [2**n for n in (range(8, 15 if args.long else 14) if cpu else range(9, 17))]
+    args.peers = args.peers if args.peers is not None else args.T if cpu else [1024, 4096, 16384]
     args.tokens = args.tokens or (1 if cpu else 32768)
+    args.train = ([] if cpu else [1024, 4096, 16384]) if args.train is None else args.train
+    args.decode = ([100, 1000, 10000] if cpu else [1000, 4000, 16000, 64000]) if args.decode is None else args.decode
+    args.decode_batch = args.decode_batch or ([1] if cpu else [1, 64])
     args.dtype = "float32" if cpu else "bfloat16"
     args.out = args.out or ROOT / f"experiments/results/benchmark-{args.device}.json"
     return args
@@ -357,16 +433,27 @@ def main(argv=None):
               "commit": provenance(torch.device(args.device))["commit"],
               "date": datetime.datetime.now().isoformat(timespec="seconds")}
     rows = []
+
+    def add(new):
+        """Keep what is measured, at once; it takes the place of older rows of the same length and pass."""
+        measured = {(r["T"], r["pass"]) for r in (*rows, *new)}
+        rows.extend(new)
+        save_json(args.out, [r for r in before if (r["T"], r["pass"]) not in measured] + rows)
+
+    before = json.loads(args.out.read_text()) if args.out.exists() else []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     # flash-linear-attention's autotuner does not know of T: on CUDA every T gets a fresh process.
     fresh = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) if args.device == "cuda" else None
     with fresh or contextlib.nullcontext():
         for T in args.T:
-            print(f"T={T} ...", flush=True)
-            rows += fresh.apply(measure, (T, args, common)) if fresh else measure(T, args, common)
+            print(f"{time.strftime('%X')} T={T} ...", flush=True)
+            add(fresh.apply(measure, (T, args, common)) if fresh else measure(T, args, common))
+        for T in args.train:
+            print(f"{time.strftime('%X')} training at T={T} ...", flush=True)
+            add(fresh.apply(measure_training, (T, args, common)) if fresh else measure_training(T, args, common))
     if args.decode:
-        rows += measure_decoding(args, common)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        for batch in args.decode_batch:
+            add(measure_decoding(batch, args, common))
     print(table(rows), *findings(rows), f"written to {args.out}", sep="\n")
 
 

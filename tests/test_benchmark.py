@@ -77,8 +77,8 @@ def test_a_form_too_large_for_the_limit_is_left_out_with_its_formula(tmp_path, c
 
 def test_a_wrong_form_is_not_timed():
     layer = benchmark.LinearAttention(2, 8)
-    with pytest.raises(SystemExit, match="is not the quadratic form"):
-        benchmark.check({"wrong": lambda q, k, v: layer(q, k, v) * 1.01}, layer, 2, 8, torch.float32, "cpu")
+    with pytest.raises(SystemExit, match="is not our form"):
+        benchmark.check({"wrong": lambda q, k, v: layer(q, k, v) * 1.01}, layer, 1, 2, 128, 8, torch.float32, "cpu")
 
 
 def test_help_and_a_missing_gpu():
@@ -87,3 +87,25 @@ def test_help_and_a_missing_gpu():
     if not torch.cuda.is_available():
         failed = subprocess.run([*run, "--device", "cuda"], cwd=ROOT, capture_output=True, text=True)
         assert failed.returncode == 2 and "sees no GPU" in failed.stderr
+
+
+def test_rows_of_other_lengths_and_passes_are_kept(tmp_path):
+    out = tmp_path / "rows.json"
+    benchmark.main([*TOY, "--T", "16", "--decode", "--out", str(out)])
+    first = json.loads(out.read_text())
+    benchmark.main([*TOY, "--T", "16", "24", "--decode", "--out", str(out)])
+    second = json.loads(out.read_text())
+    assert {row["T"] for row in second} == {16, 24} and not any(row in second for row in first)
+    benchmark.main([*TOY, "--T", "--decode", "3", "--out", str(out)])
+    assert json.loads(out.read_text())[:len(second)] == second
+
+
+def test_training_is_measured_beside_softmax(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    benchmark.main(["--T", "--decode", "--train", "16", "--train-layers", "1", "--train-steps", "1", "--warmup", "1",
+                    "--heads", "1", "--dim", "8", "--tokens", "16", "--train-forms", "softmax", "chunked",
+                    "--out", str(out)])
+    rows = {row["form"]: row for row in json.loads(out.read_text())}
+    assert rows.keys() == {"gpt, softmax", "gpt, chunked"}
+    assert all(row["tokens_per_second"] > 0 and row["peak_mib"] > 0 for row in rows.values())
+    assert "training at T=16: gpt, chunked" in capsys.readouterr().out

@@ -61,10 +61,10 @@ def outputs_and_gradients(function, x, cotangents):
     dict(B=1, H=1, T=45, D=64, P=32, state=True),      # features given
     dict(B=1, H=1, T=2, D=32),
 ])
-@pytest.mark.parametrize("segment", [None, 32])
-def test_values_and_every_gradient_equal_the_definition(shape, segment, monkeypatch):
-    if segment:  # as on a GPU that a few heads cannot fill
-        monkeypatch.setattr(hedgehog_triton, "segment_length", lambda B, H, T, n_blocks, L, device: segment)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_values_and_every_gradient_equal_the_definition(shape, segmented, monkeypatch):
+    if segmented:  # as on a GPU that a few heads cannot fill
+        monkeypatch.setattr(hedgehog_triton, "segments", lambda programs, T, L, device, cost: (L, -(-T // L)))
         monkeypatch.setattr(hedgehog_triton, "CHUNKS_PER_PROGRAM", 1)
     x = make(**shape)
     B, H, T, D = x["v"].shape
