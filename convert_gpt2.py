@@ -183,34 +183,32 @@ def swap(teacher, config):
 # maps learn, and every layer learns from the activations of the teacher, whose other weights the linear model shares.
 
 
-def imitation_loss(q, k, phi_q, phi_k, bounds=(1e-37, 1e34), real=None):
+def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e34)):
     """(cross-entropy of the linear weights under softmax's, entropy of softmax's): means over queries, heads and batch.
 
         L_i = - sum_{j<=i} p_ij log(a_ij / sum_{m<=i} a_im)      p = softmax(q.k / sqrt(D)), a = phi(q).phi(k)
 
     q, k (B, H, T, D) raw, phi_q, phi_k (B, H, T, P). Time and memory O(T^2). Source: the paper, and LoLCATs' code.
-    real (B, T): False where the text is padding, which counts neither as a key nor as a query; default: all of it.
+    keep (B, T): False for padding, which counts neither as a key nor as a query. causal=False: the sums run over all j.
 
     The entropy is the floor, and no maps get below it: a_ij is bounded inside the sum as well as above it, so that
     a / sum(a) is a distribution whatever a is. With an addend, log(a + eps) - log(sum(a) + eps), the weights of n keys
     sum to n as a -> 0: the optimiser goes there, and whole heads collapse under a loss that looks ever better. The
     lower bound is far below 1e-30, the least denominator of `linear_attention`, and so hides nothing that it can use.
     """
-    def mean(rows):                                                                       # (B, H, T)
-        return rows.mean() if real is None else (rows * real.unsqueeze(1)).sum() / (real.sum() * rows.shape[1])
-
     with torch.autocast(q.device.type, enabled=False):
         q, k = q.to(phi_q.dtype), k.to(phi_k.dtype)                                       # float32 at least
-        T, D = q.shape[-2:]
-        hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        if real is not None:  # a query sees itself even if it is padding: its row is finite, and counts for nothing
-            hidden = hidden | ~(real[:, None, None] | torch.eye(T, dtype=torch.bool, device=q.device))
+        B, H, T, D = q.shape
+        hidden, weight = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1) & causal, 1 / (B * H * T)
+        if keep is not None:  # padding is a query that sees padding, too, so that its loss is finite; it weighs nothing
+            hidden = hidden | (keep.unsqueeze(-1) & ~keep.unsqueeze(-2)).unsqueeze(1)     # (B, 1, T, T)
+            weight = keep.unsqueeze(1).to(q.dtype) / (H * keep.sum())                     # (B, 1, T)
         s = q @ k.mT / math.sqrt(D)                                                       # (B, H, T, T), as all below
         log_sum = s.masked_fill(hidden, -math.inf).logsumexp(-1, keepdim=True)
         p = (s - log_sum).exp().masked_fill(hidden, 0)
         a = (phi_q @ phi_k.mT).clamp(*bounds)
         log_a_sum = a.masked_fill(hidden, 0).sum(-1, keepdim=True).log()
-        return mean((p * (log_a_sum - a.log())).sum(-1)), mean((p * (log_sum - s)).sum(-1))
+        return ((p * (log_a_sum - a.log())).sum(-1) * weight).sum(), ((p * (log_sum - s)).sum(-1) * weight).sum()
 
 
 @torch.no_grad()

@@ -20,8 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import convert_llama
 import transformers
-from convert_gpt2 import imitation_loss, maps_of
-from convert_llama import HedgehogLlamaAttention, LlamaConfig, swap, swap_back
+from convert_gpt2 import maps_of
+from convert_llama import LlamaConfig, swap, swap_back
+from data import samsum
 from hedgehog import attention_weights
 from train_gpt import parse_config
 
@@ -106,7 +107,7 @@ def test_grouped_queries_are_repeated_heads(kind):
     for t in range(ids.shape[1]):
         a, b = (step(model, ids[:, t:t + 1], c) for model, c in zip((grouped, repeated), cache))
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    assert cache[0].layers[0].state.shape[1] == 2 and cache[1].layers[0].state.shape[1] == 4
+    assert cache[0].layers[0].keys.shape[1] == 2 and cache[1].layers[0].keys.shape[1] == 4
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -142,6 +143,7 @@ def test_swapping_back_restores_the_logits_to_the_bit():
     after = logits(model, ids, attention_mask=mask)
     assert (before - after).abs().max() > 0.1
     assert {name for name in model.state_dict() if ".map_" not in name} == names   # projections keep their names
+    swap(model, "t2r")  # takes the place of the first
     assert swap_back(model) is model and set(model.state_dict()) == names
     assert torch.equal(logits(model, ids, attention_mask=mask), before)
     assert not model.model._forward_pre_hooks
@@ -163,7 +165,7 @@ def test_token_by_token_is_the_full_forward_and_the_state_does_not_grow():
     sizes = set()
     for t in range(20):
         torch.testing.assert_close(step(model, ids[:, t:t + 1], cache)[:, 0], full[:, t], rtol=1e-9, atol=1e-9)
-        sizes |= {layer.state.shape for layer in cache.layers}
+        sizes |= {layer.keys.shape for layer in cache.layers}
         assert cache.get_seq_length() == t + 1
     assert sizes == {(2, 2, 16, 9)}                                         # (B, K, P, D+1)
 
@@ -199,7 +201,7 @@ def test_generate_writes_with_the_state_what_it_writes_without_a_cache(options):
 def test_a_state_continues_no_keys_and_forgets_nothing():
     model, ids, cache = tiny(kind=None), some_ids(), transformers.DynamicCache()
     step(model, ids, cache)
-    with pytest.raises(ValueError, match="holds keys of softmax attention"):
+    with pytest.raises(ValueError, match="cannot continue one of DynamicLayer that holds keys of softmax"):
         step(swap(model), ids, cache)
     cache = transformers.DynamicCache()
     step(model, ids, cache)
@@ -207,7 +209,7 @@ def test_a_state_continues_no_keys_and_forgets_nothing():
         cache.crop(-1)
     with pytest.raises(ValueError, match="which softmax cannot continue"):
         step(swap_back(model), ids, cache)
-    with pytest.raises(ValueError, match="leave out cache_implementation"):
+    with pytest.raises(ValueError, match="default kind"):
         swap(model).generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
 
 
@@ -237,58 +239,47 @@ def masks(T=6):
                                                            prefix=prefix).items()}
 
 
-@pytest.mark.parametrize("name, sentence", [
-    ("window", "a sliding window, packed sequences"), ("packed", "a sliding window, packed sequences"),
-    ("prefix", "a prefix or bidirectional mask")])
-def test_a_mask_that_is_not_padding_is_refused(name, sentence):
+REFUSED = "linear attention can leave out padding, and nothing else"
+
+
+@pytest.mark.parametrize("name", ["window", "packed", "prefix"])
+def test_a_mask_that_is_not_padding_is_refused(name):
     model, ids, mask = tiny(), some_ids(2, 6), masks()[name]
-    with pytest.raises(ValueError, match=sentence):
-        logits(model, ids, attention_mask=mask)
     additive = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
-    with pytest.raises(ValueError, match=sentence):
-        logits(model, ids, attention_mask=additive)
+    for given in (mask, additive):
+        with pytest.raises(ValueError, match=REFUSED):
+            logits(model, ids, attention_mask=given)
 
 
-def test_masks_that_can_be_honoured_are_and_others_say_which_they_are():
-    model, ids = tiny(), some_ids(2, 6)
-    for mask in (masks()["causal"], -1e9 * (~masks()["causal"]).double()):
+def test_masks_that_can_be_honoured_are_and_others_are_refused():
+    model, ids, causal = tiny(), some_ids(2, 6), masks()["causal"]
+    for mask in (causal, -1e9 * (~causal).double(), causal.expand(2, 4, 6, 6)):
         torch.testing.assert_close(logits(model, ids, attention_mask=mask), logits(model, ids))
-    with pytest.raises(ValueError, match="adds a bias to the scores"):
-        logits(model, ids, attention_mask=torch.rand(2, 1, 6, 6, dtype=torch.float64))
-    with pytest.raises(ValueError, match="one for all heads"):
-        logits(model, ids, attention_mask=masks()["causal"].expand(2, 4, 6, 6))
-    with pytest.raises(ValueError, match="a sliding window, packed sequences"):
+    alibi = torch.rand(2, 1, 6, 6, dtype=torch.float64) - 1e9 * (~causal).double()
+    one_head = torch.cat((causal, masks()["window"]), dim=1)
+    for mask in (alibi, one_head.repeat(1, 2, 1, 1)):
+        with pytest.raises(ValueError, match=REFUSED):
+            logits(model, ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=REFUSED):
         logits(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1))
-    with pytest.raises(ValueError, match="cu_seq_lens_q"):
-        logits(model, ids, cu_seq_lens_q=torch.tensor([0, 3, 6]))
-    visible = convert_llama.visible_keys
-    flash = torch.tensor([[0, 1, 1, 1]])
+    visible, flash = convert_llama.visible_keys, torch.tensor([[0, 1, 1, 1]])
     assert visible(flash, None, 2, 2).tolist() == [[True, True]] and visible(None, None, 4, 0) is None
-    with pytest.raises(ValueError, match="packed sequences need a state for each"):  # flash attention has no mask then
-        visible(None, torch.tensor([[0, 1, 0, 1]]), 4, 0)
-    with pytest.raises(ValueError, match="flex_attention"):
-        visible(object(), None, 4, 0)
-    with pytest.raises(ValueError, match="prefix tuning"):
-        visible(flash, None, 2, 0)
+    restart = torch.tensor([[0, 1, 0, 1]])  # packed: flash attention has no mask then
+    for mask, positions, past in ((None, restart, 0), (object(), None, 0), (flash, None, 2)):
+        with pytest.raises(ValueError, match=REFUSED):
+            visible(mask, positions, 4, past)
 
 
-def test_another_architecture_or_head_width_is_refused(tmp_path):
+def test_another_architecture_head_width_or_map_is_refused():
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9))
     with pytest.raises(ValueError, match="GPT2LMHeadModel is not of the Llama architecture; supported is"):
         swap(gpt2)
-    with pytest.raises(ValueError, match="has linear attention already"):
-        swap(tiny())
-    attention = tiny(kind=None).model.layers[0].self_attn
-    attention.head_dim = 4
-    with pytest.raises(ValueError, match="a head width that does not match: 4 query and 2 key-value heads of width 4"):
-        HedgehogLlamaAttention(attention)
-    torch.save(maps_of(tiny()), tmp_path / "maps.pt")
-    model = swap(tiny(kind=None))
-    convert_llama.load_maps(model, tmp_path / "maps.pt")
-    assert torch.equal(logits(model, some_ids()), logits(tiny(), some_ids()))
-    with pytest.raises(ValueError, match=r"the maps of another model \(heads, head width, head width: \(4, 8, 8\), "
-                                         r"here \(4, 6, 6\)"):
-        convert_llama.load_maps(swap(tiny(kind=None, hidden_size=24, head_dim=6)), tmp_path / "maps.pt")
+    with pytest.raises(ValueError, match="'cosformer' is not a map of single heads and positions: choose one of"):
+        swap(tiny(), "cosformer")
+    model = tiny(kind=None)
+    model.model.layers[0].self_attn.head_dim = 4
+    with pytest.raises(ValueError, match="a head width that does not match: 2 heads of 4 are not the 16 keys"):
+        swap(model)
 
 
 # ---------------------------------------------------------------- training
@@ -303,19 +294,7 @@ CONFIG = LlamaConfig(batch_size=2, distill_epochs=4, lora_epochs=2, lora_lr=1e-2
 
 
 def parameters(model):
-    return {name.replace("base_layer.", ""): p.detach().clone() for name, p in model.named_parameters()}
-
-
-def test_padding_does_not_count_in_the_imitation_loss():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 3, 7, 4, dtype=torch.float64)
-    phi_q, phi_k = torch.rand(2, 1, 3, 7, 8, dtype=torch.float64)
-    for real in (slice(5), slice(3, None)):
-        mask = torch.zeros(1, 7, dtype=torch.bool)
-        mask[:, real] = True
-        alone = imitation_loss(*(x[:, :, real] for x in (q, k, phi_q, phi_k)))
-        torch.testing.assert_close(imitation_loss(q, k, phi_q, phi_k, real=mask), alone)
-    torch.testing.assert_close(imitation_loss(q, k, phi_q, phi_k, real=mask | True), imitation_loss(q, k, phi_q, phi_k))
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def test_a_layer_is_compared_on_the_teachers_own_activations():
@@ -335,7 +314,7 @@ def test_a_layer_is_compared_on_the_teachers_own_activations():
             rows += [-(p[b, :, t, :t + 1] * a[b, :, t, :t + 1].log()).sum(-1) for t in range(n)]
         assert losses[i, 0].item() == pytest.approx(torch.stack(rows).mean().item(), abs=1e-6)
         assert losses[i, 0] >= losses[i, 1] > 0
-    assert all(isinstance(layer.self_attn, HedgehogLlamaAttention) for layer in model.model.layers)
+    torch.testing.assert_close(logits(model, ids), logits(tiny(), ids))                 # linear again
 
 
 @pytest.mark.parametrize("kind", ["hedgehog", "t2r"])
@@ -352,32 +331,25 @@ def test_distillation_moves_the_maps_alone_and_nearer_to_softmax(kind):
 
 @pytest.mark.parametrize("map_lr", [0.0, 1e-2])
 @pytest.mark.parametrize("kind", [None, "hedgehog"])
-def test_lora_moves_the_low_rank_weights_alone_and_the_maps_if_told_to(kind, map_lr):
+def test_lora_adds_low_rank_updates_to_the_projections_and_moves_the_maps_only_if_told_to(kind, map_lr):
     model = tiny(kind=kind, dtype=torch.float32)
-    before = parameters(model)
-    lora = convert_llama.add_lora(model, CONFIG)
-    assert sum("lora_" in name for name in parameters(model)) == 2 * 2 * 4  # A and B, two layers, q k v o
+    before, first = parameters(model), convert_llama.summary_loss(model, examples(), CPU).item()
     config = replace(CONFIG, map_lr=map_lr, lora_epochs=10, gradient_checkpointing=bool(map_lr))
-    first = convert_llama.summary_loss(model, examples(), CPU).item()
     convert_llama.finetune(model, examples(), config, CPU)
     assert convert_llama.summary_loss(model, examples(), CPU).item() < first - 0.1
-    after = {name: p for name, p in parameters(model).items() if "lora_" not in name}
+    after = parameters(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert after.keys() == before.keys() and moved == (set(maps_of(model)) if map_lr and kind else set())
-    written = logits(model, some_ids())
-    if kind:  # the updates outlive the swap: they are part of the projections
-        with torch.no_grad():
-            for p in maps_of(model).values():
-                p.normal_()
-        soft = logits(swap_back(model), some_ids())
-        assert (soft - logits(tiny(kind=None, dtype=torch.float32), some_ids())).abs().max() > 1e-3
-        written = soft
-    torch.testing.assert_close(logits(lora.merge_and_unload(), some_ids()), written, rtol=1e-3, atol=1e-3)
+    projections = {name for name in before if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    assert after.keys() == before.keys() and len(projections) == 8
+    assert moved == projections | (set(maps_of(model)) if map_lr and kind else set())
+    for name in projections:
+        assert torch.linalg.svdvals(after[name] - before[name])[2:].max() < 1e-4         # --rank 2
+    torch.testing.assert_close(parameters(swap_back(model))[min(projections)], after[min(projections)])
 
 
 def test_only_the_summary_and_its_end_are_learned():
     model, batch = tiny(), examples()[:2]
-    ids, mask = convert_llama.pad([x["ids"] for x in batch], False, CPU)
+    ids, mask = samsum.pad([x["ids"] for x in batch], False, CPU)
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :6] = -100
     expected = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
@@ -405,12 +377,12 @@ def write_rows(path, rows=ROWS):
 
 
 @pytest.mark.parametrize("end", ["csv", "json", "jsonl"])
-@pytest.mark.parametrize("name, split", [("train", "train"), ("val", "validation"), ("validation", "validation")])
+@pytest.mark.parametrize("name, split", [("train", "train"), ("val", "val"), ("validation", "val")])
 def test_samsum_is_read_from_csv_and_json(tmp_path, end, name, split):
     write_rows(tmp_path / f"{name}.{end}")
     unusual = dict(ROWS[1], summary="They\u2028have lunch.")                   # a line separator that ends no row
     write_rows(tmp_path / f"test.{end}", [ROWS[0], unusual])
-    splits = convert_llama.read_samsum(tmp_path)
+    splits = samsum.read_samsum(tmp_path)
     assert {key: len(rows) for key, rows in splits.items()} == {split: 7, "test": 2}     # the empty one is left out
     assert splits["test"][0] == dict(id="1", dialogue="Ann: Hi, are you there?\nBob: Yes, \"here\".",
                                      summary="Bob is there.")
@@ -418,24 +390,19 @@ def test_samsum_is_read_from_csv_and_json(tmp_path, end, name, split):
 
 
 def test_missing_and_damaged_data_are_told(tmp_path):
-    with pytest.raises(ValueError, match="no folder .*put SAMSum's train, val and test there"):
-        convert_llama.read_samsum(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="must hold SAMSum's test split and train or val.*found neither"):
-        convert_llama.read_samsum(tmp_path)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="has to hold SAMSum's test split and train or val.*found neither"):
+            samsum.read_samsum(folder)
     write_rows(tmp_path / "val.csv")
-    with pytest.raises(ValueError, match="found validation"):
-        convert_llama.read_samsum(tmp_path)
-    for name, text in (("test.json", "[{"), ("test.json", '[{"id": 1}]'), ("test.csv", "id,dialogue\n1,x\n")):
-        (tmp_path / name).write_text(text)
+    write_rows(tmp_path / "test.csv", [])
+    with pytest.raises(ValueError, match="found val: mend --data"):
+        samsum.read_samsum(tmp_path)
+    for name, text in (("test.json", b"[{"), ("test.json", b'[{"id": 1}]'), ("test.csv", b"id,dialogue\n1,x\n"),
+                       ("test.csv", b"\xff\xfe")):
+        (tmp_path / name).write_bytes(text)
         with pytest.raises(ValueError, match="is damaged, or lacks one of the columns id, dialogue and summary"):
-            convert_llama.read_samsum(tmp_path)
+            samsum.read_samsum(tmp_path)
         (tmp_path / name).unlink()
-    (tmp_path / "test.csv").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="is damaged"):
-        convert_llama.read_samsum(tmp_path)
-    (tmp_path / "test.csv").write_text("id,dialogue,summary\n")
-    with pytest.raises(ValueError, match="test.csv holds no dialogue"):
-        convert_llama.read_samsum(tmp_path)
 
 
 CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -444,7 +411,7 @@ CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% e
 
 def make_tokenizer(chat=CHAT):
     from tokenizers import ByteLevelBPETokenizer
-    text = [f"{row['dialogue']} {row['summary']} {convert_llama.ASK} Summary:" for row in ROWS]
+    text = [f"{row['dialogue']} {row['summary']} {samsum.ASK} Summary:" for row in ROWS]
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(text, vocab_size=330, show_progress=False,
                             special_tokens=["<unk>", "<s>", "<|end|>", "<|user|>", "<|assistant|>"])
@@ -458,27 +425,27 @@ def test_the_prompt_is_the_models_own_chat_or_plain_and_the_summary_ends():
             (CHAT, "<|user|>{ask}\n\n{dialogue}<|end|><|assistant|>", "They have lunch at two.<|end|>"),
             (None, "{ask}\n\n{dialogue}\n\nSummary:", " They have lunch at two.<|end|>")):
         tokenizer = make_tokenizer(chat)
-        x = convert_llama.encode(tokenizer, row, 200)
-        assert tokenizer.decode(x["ids"][:x["n_prompt"]]) == prompt.format(ask=convert_llama.ASK, **row)
+        x = samsum.encode(tokenizer, row, 200)
+        assert tokenizer.decode(x["ids"][:x["n_prompt"]]) == prompt.format(ask=samsum.ASK, **row)
         assert tokenizer.decode(x["ids"][x["n_prompt"]:]) == answer and not x["cut"]
-        asked = convert_llama.encode(tokenizer, row, 200, with_summary=False)
+        asked = samsum.encode(tokenizer, row, 200, with_summary=False)
         assert asked["ids"] == x["ids"][:x["n_prompt"]]
 
 
 def test_a_long_dialogue_loses_its_end_and_nothing_else():
     tokenizer = make_tokenizer()
     row = dict(id="1", dialogue="Ann: I have 4 apples.\n" * 40, summary="Ann has apples.")
-    x = convert_llama.encode(tokenizer, row, 100)
+    x = samsum.encode(tokenizer, row, 100)
     text = tokenizer.decode(x["ids"])
     assert x["cut"] and 90 < len(x["ids"]) <= 100
-    assert text.startswith(f"<|user|>{convert_llama.ASK}\n\nAnn: I have 4") and text.endswith("Ann has apples.<|end|>")
+    assert text.startswith(f"<|user|>{samsum.ASK}\n\nAnn: I have 4") and text.endswith("Ann has apples.<|end|>")
     with pytest.raises(ValueError, match="--max-length 10 is too short"):
-        convert_llama.encode(tokenizer, row, 10)
+        samsum.encode(tokenizer, row, 10)
 
 
 def test_padding_is_on_the_side_that_is_asked_for():
-    left = convert_llama.pad([[5, 6], [7]], True, CPU, fill=9)
-    right = convert_llama.pad([[5, 6], [7]], False, CPU)
+    left = samsum.pad([[5, 6], [7]], True, CPU, fill=9)
+    right = samsum.pad([[5, 6], [7]], False, CPU)
     assert [x.tolist() for x in left] == [[[5, 6], [9, 7]], [[1, 1], [0, 1]]]
     assert [x.tolist() for x in right] == [[[5, 6], [7, 0]], [[1, 1], [1, 0]]]
 
@@ -494,7 +461,7 @@ def test_rouge_is_counted_by_hand():
 
 def test_summaries_come_in_the_order_of_the_dialogues_whatever_the_batch():
     model, tokenizer = tiny(vocab_size=330, dtype=torch.float32), make_tokenizer()
-    prompts = [convert_llama.encode(tokenizer, row, 200, False) for row in ROWS[:2] + ROWS[3:]]
+    prompts = [samsum.encode(tokenizer, row, 200, False) for row in ROWS[:2] + ROWS[3:]]
     config = LlamaConfig(max_new_tokens=5)
     one = convert_llama.summarize(model, tokenizer, prompts, replace(config, generate_batch=1), CPU)
     assert convert_llama.summarize(model, tokenizer, prompts, replace(config, generate_batch=4), CPU) == one
@@ -507,7 +474,7 @@ def test_every_token_of_the_text_but_the_first_is_predicted_once(n, monkeypatch)
     model, ids = tiny(kind=None), some_ids(1, n)[0]
     nats = [torch.nn.functional.cross_entropy(logits(model, ids[None, t // 4 * 4:t + 1])[0, -1], ids[t + 1]).item()
             for t in range(n - 1)]
-    found = convert_llama.text_perplexity(model, ids.tolist(), 2, CPU)
+    found = convert_llama.text_perplexity(model, ids.tolist(), CPU)
     assert found == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
 
 
@@ -536,31 +503,24 @@ def parse(folder, out, flags=""):
 def test_the_whole_table_is_made(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert_llama, "SPEED_TOKENS", 3)
     out = tmp_path / "results" / "llama.json"
-    config = parse(folder, out, f"--attentions softmax hedgehog elu --save {tmp_path / 'saved'} --test-limit 4")
+    config = parse(folder, out, "--attentions softmax hedgehog elu --limit 4")
     convert_llama.main(config)
     rows = {row["attention"]: row for row in json.loads(out.read_text())}
     assert list(rows) == ["zero-shot", "softmax", "hedgehog", "elu"]
     for name, row in rows.items():
         assert all(0 <= row[key] <= 100 for key in ("rouge1", "rouge2", "rougeL")) and row["text_ppl"] > 1
         assert row["tokens_per_second"].keys() == {"8", "16"} and len(row["samples"]) == 3
-        assert (row["trained_on"], row["train_rows"], row["test_rows"]) == ("validation", 7, 4)
+        assert (row["trained_on"], row["train_rows"], row["test_rows"]) == ("val", 4, 4)
         assert {"command", "commit", "device", "torch", "model", "lora_lr"} <= row.keys()
         assert ("kl" in row) == (name == "hedgehog") and ("lora_seconds" in row) == (name != "zero-shot")
     printed = capsys.readouterr().out
-    assert "trained on 7 dialogues of SAMSum's validation split, tested on 4 of test" in printed
-    assert "hedgehog + LoRA" in printed and "a person   Bob is there." in printed
-    # What was saved is the model that was measured.
-    model = swap(transformers.AutoModelForCausalLM.from_pretrained(folder / "model"))
-    convert_llama.load_maps(model, tmp_path / "saved" / "hedgehog" / "maps.pt")
-    convert_llama.peft.PeftModel.from_pretrained(model, tmp_path / "saved" / "hedgehog").merge_and_unload()
-    text = convert_llama.read_text(folder / "text.txt", make_tokenizer())
-    assert convert_llama.text_perplexity(model.eval(), text, 4, CPU) == pytest.approx(rows["hedgehog"]["text_ppl"],
-                                                                                      rel=1e-4)
+    assert "trained on 4 dialogues of SAMSum's val split, tested on 4 of test" in printed
+    assert "hedgehog + LoRA" in printed and "a person     Bob is there." in printed
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch, capsys):
     out, real, made = tmp_path / "rows.json", convert_llama.measure_row, []
-    flags = "--attentions softmax elu --test-limit 2 --generate-lengths 0"
+    flags = "--attentions softmax elu --limit 2 --generate-lengths 0"
 
     def measure(name, *args):
         if name == "elu" and len(made) == 2:
@@ -575,11 +535,8 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monke
     convert_llama.main(parse(folder, out, flags))
     convert_llama.main(parse(folder, out, flags))
     assert made == ["zero-shot", "softmax", "elu"]
-    with pytest.raises(ValueError, match="holds rows made with another --lora-lr, --rank: choose another --out"):
+    with pytest.raises(ValueError, match="holds rows made with another lora_lr, rank: choose another --out"):
         convert_llama.main(parse(folder, out, flags + " --lora-lr 1 --rank 3"))
-    out.write_text("{")
-    with pytest.raises(ValueError, match="is damaged, or not of this experiment"):
-        convert_llama.main(parse(folder, out, flags))
 
 
 def test_a_length_that_does_not_fit_costs_no_row(monkeypatch):
@@ -603,15 +560,12 @@ def test_a_second_text_may_be_read_while_distilling(folder, tmp_path):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    ("--model {tmp}/gpt2", "is a model of type 'gpt2'; supported is 'llama'"),
-    ("--model {tmp}/nothing.gguf", "no file .*nothing.gguf"),
-    ("--model {tmp}", "give a (folder|model)"),
-    ("--data {tmp}/nowhere", "no folder .*put SAMSum"),
-    ("--text {tmp}/nowhere.txt", "cannot read the text"),
+    ("--model {tmp}/gpt2", "GPT2LMHeadModel is not of the Llama architecture; supported is"),
+    ("--model {tmp}/nothing.gguf", "no Llama with a tokenizer at .*nothing.gguf"),
+    ("--model {tmp}", "give a folder with config.json, a .gguf file or a name on the hub"),
+    ("--data {tmp}/nowhere", "nowhere has to hold SAMSum's test split"),
     ("--max-length 0", "--max-length must be at least 1"),
-    ("--lora-lr nan", "--lora-lr must be at least 0"),
-    ("--warmup 2", "--warmup must be in"),
-    ("--distill-lr 1e30 --attentions hedgehog_exp --warmup 0 --distill-epochs 9", "the loss is .*: lower --distill-lr"),
+    ("--distill-lr 1e30 --attentions hedgehog_exp --distill-epochs 9", "the loss is .*: lower the learning rate"),
 ])
 def test_bad_input_is_told_in_a_sentence(flags, sentence, folder, tmp_path):
     if "gpt2" in flags:
