@@ -1,4 +1,4 @@
-"""SAMSum, dialogues and their summaries: the files, and a dialogue as the tokens of a prompt and of the summary."""
+"""SAMSum, dialogues and their summaries: the files, a dialogue as tokens of prompt and summary, and ROUGE."""
 
 import csv
 import io
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 
 ASK = "Summarize this dialogue in one or two sentences."
 
@@ -69,3 +70,11 @@ def pad(sequences, left, device, fill=0):
         where = slice(T - len(tokens), T) if left else slice(len(tokens))
         ids[i, where], mask[i, where] = torch.tensor(tokens), 1
     return ids.to(device), mask.to(device)
+
+
+def rouge(references, summaries):
+    """{"rouge1", "rouge2", "rougeL"}: mean F1 in percent, words stemmed, as summaries of SAMSum are usually scored."""
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(reference, summary) for reference, summary in zip(references, summaries)]
+    return {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in names}

@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of this repository, which is no package
 from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
-from data.samsum import encode, pad, read_samsum  # noqa: E402
 from hedgehog import FeatureMap, divide, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
     cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance, reset_peak, save_json)
@@ -40,7 +39,7 @@ from train_gpt import (  # noqa: E402
 try:
     import peft
     import transformers
-    from rouge_score.rouge_scorer import RougeScorer
+    from data.samsum import encode, pad, read_samsum, rouge
     from transformers.cache_utils import DynamicLayer
     from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 except ImportError as e:
@@ -257,8 +256,8 @@ def count_positions(module, args, kwargs):
 
 
 def fit(groups, examples, epochs, config, label, step_loss):
-    """AdamW on `groups`, [(parameters, learning rate)], each clipped on its own. step_loss(examples of the batch) ->
-    loss, after it has gone backward. Returns seconds."""
+    """AdamW on `groups`, [(parameters, learning rate)], each clipped on its own. step_loss(batch of examples) -> loss,
+    which goes backward unless it has done so. Returns seconds."""
     steps = round(epochs * math.ceil(len(examples) / config.batch_size))
     schedule = SimpleNamespace(lr=1.0, steps=steps, warmup=round(0.05 * steps))
     optimizer = torch.optim.AdamW([dict(params=params, lr=lr, peak=lr) for params, lr in groups], weight_decay=0.0)
@@ -268,12 +267,14 @@ def fit(groups, examples, epochs, config, label, step_loss):
         if not order:
             order = list(torch.randperm(len(examples), generator=generator).split(config.batch_size))
         loss = step_loss([examples[i] for i in order.pop(0)])
+        if loss.requires_grad:
+            loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, schedule)
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 10 == 0 or step == steps - 1:                                  # reading it waits for a GPU
+        if step % 10 == 0 or step == steps - 1:                                           # reading it waits for a GPU
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if not loss.isfinite():
                 raise ValueError(f"{label}: the loss is {loss.item()} at step {step}: lower the learning rate")
@@ -313,9 +314,8 @@ def imitate(model, ids, mask, learn=False):
 def distill(model, examples, config, device):
     """Stage 1: train the maps of a swapped model, in place. Returns seconds."""
     model.eval().requires_grad_(False)
-    groups = []
-    for layer in model.model.layers:  # layers are problems of their own, also in clipping
-        groups.append(([p.requires_grad_() for p in maps_of(layer).values()], config.distill_lr))
+    groups = [([p.requires_grad_() for p in maps_of(layer).values()], config.distill_lr)
+              for layer in model.model.layers]  # layers are problems of their own, also in clipping
 
     def step_loss(batch):
         return imitate(model, *pad([x["ids"] for x in batch], False, device), learn=True)[:, 0].mean()
@@ -325,15 +325,15 @@ def distill(model, examples, config, device):
 
 def divergence(model, examples, config, device):
     """KL of each layer's linear weights from softmax's, in nats a query: the mean over queries and heads."""
-    total, weights = 0, 0
+    total = 0
     for i in range(0, len(examples), config.batch_size):
         ids, mask = pad([x["ids"] for x in examples[i:i + config.batch_size]], False, device)
-        cross_entropy, entropy = imitate(model, ids, mask).double().cpu().T
-        total, weights = total + (cross_entropy - entropy) * mask.sum().item(), weights + mask.sum().item()
-    return (total / weights).tolist()
+        cross_entropy, entropy = imitate(model, ids, mask).T
+        total += (cross_entropy - entropy).cpu() * mask.sum().item()
+    return (total / sum(len(x["ids"]) for x in examples)).tolist()
 
 
-def summary_loss(model, examples, device):
+def summary_loss(model, device, examples):
     """Mean cross-entropy of the summaries' tokens and their end; logits are formed for no others."""
     ids, mask = pad([x["ids"] for x in examples], False, device)
     x = model.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]               # (B, T, C)
@@ -345,21 +345,16 @@ def summary_loss(model, examples, device):
 def finetune(model, examples, config, device):
     """Stage 2: low-rank updates of q, k, v and o learn the summaries and are added to the weights. Returns seconds."""
     torch.manual_seed(config.seed)
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, task_type="CAUSAL_LM",
-                                                      target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=config.rank, lora_alpha=config.alpha,
+                                                      target_modules=projections))
     groups = [([p for p in lora.parameters() if p.requires_grad], config.lora_lr)]
     if config.map_lr and maps_of(model):
         groups.append(([p.requires_grad_() for p in maps_of(model).values()], config.map_lr))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     model.train(config.gradient_checkpointing)  # what switches it on; there is no dropout
-
-    def step_loss(batch):
-        loss = summary_loss(model, batch, device)
-        loss.backward()
-        return loss.detach()
-
-    seconds = fit(groups, examples, config.lora_epochs, config, "LoRA", step_loss)
+    seconds = fit(groups, examples, config.lora_epochs, config, "LoRA", partial(summary_loss, model, device))
     lora.merge_and_unload()
     model.eval()
     return seconds
@@ -384,14 +379,6 @@ def summarize(model, tokenizer, examples, config, device):
     return texts
 
 
-def rouge(references, summaries):
-    """{"rouge1", "rouge2", "rougeL"}: mean F1 in percent, words stemmed, as summaries of SAMSum are usually scored."""
-    names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score(reference, summary) for reference, summary in zip(references, summaries)]
-    return {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
-
-
 @torch.no_grad()
 def text_perplexity(model, ids, device):
     """Perplexity a token over the whole text, in blocks that do not overlap: each token has the past of its block."""
@@ -412,7 +399,8 @@ def speed(model, length, config, device):
     def note_time(input_ids, scores, **kwargs):  # asked after each token whether to stop
         if not times:
             reset_peak(device)  # what the past takes, not the prompt
-        times.append((input_ids[0, -1].item(), time.perf_counter())[1])  # item() waits for a GPU
+        input_ids.cpu()  # waits for a GPU
+        times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=device)
 
     try:
@@ -466,9 +454,8 @@ def measure_row(name, model, tokenizer, data, config, device):
     row = dict(attention=name)
     if name in MAPS:
         swap(model, name)
-        row["maps"] = sum(p.numel() for p in maps_of(model).values())
         row["kl_before"] = divergence(model, data["kl"], config, device)
-        if config.distill_epochs and row["maps"]:
+        if config.distill_epochs and maps_of(model):
             reset_peak(device)
             row["distill_seconds"] = distill(model, data["distill"], config, device)
             row["distill_gib"], row["kl"] = peak_gib(device), divergence(model, data["kl"], config, device)
@@ -503,9 +490,8 @@ def main(config):
     out.parent.mkdir(parents=True, exist_ok=True)
     tqdm.write(f"{config.model} on {why}\ntrained on {about['train_rows']} dialogues of SAMSum's {about['trained_on']} "
                f"split, tested on {about['test_rows']} of test; {about['cut']} cut at {config.max_length} tokens")
-    for name in ("zero-shot", *config.attentions):
-        if any(row["attention"] == name for row in rows):
-            continue
+    done = {row["attention"] for row in rows}
+    for name in (name for name in ("zero-shot", *config.attentions) if name not in done):
         row = measure_row(name, copy.deepcopy(model).to(device), tokenizer, data, config, device)
         rows.append(row | about | settings | dict(weights=str(model.dtype)) | provenance(device))
         save_json(out, rows)                                                              # a stopped run keeps its rows

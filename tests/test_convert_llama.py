@@ -1,5 +1,6 @@
 """Hedgehog in a Llama of transformers: tiny random models against oracles, and the whole experiment at toy size."""
 
+import copy
 import csv
 import inspect
 import json
@@ -144,6 +145,8 @@ def test_swapping_back_restores_the_logits_to_the_bit():
     assert (before - after).abs().max() > 0.1
     assert {name for name in model.state_dict() if ".map_" not in name} == names   # projections keep their names
     swap(model, "t2r")  # takes the place of the first
+    swap_back(copy.deepcopy(model))
+    assert len(model.model._forward_pre_hooks) == 1  # the copy's is another
     assert swap_back(model) is model and set(model.state_dict()) == names
     assert torch.equal(logits(model, ids, attention_mask=mask), before)
     assert not model.model._forward_pre_hooks
@@ -333,10 +336,10 @@ def test_distillation_moves_the_maps_alone_and_nearer_to_softmax(kind):
 @pytest.mark.parametrize("kind", [None, "hedgehog"])
 def test_lora_adds_low_rank_updates_to_the_projections_and_moves_the_maps_only_if_told_to(kind, map_lr):
     model = tiny(kind=kind, dtype=torch.float32)
-    before, first = parameters(model), convert_llama.summary_loss(model, examples(), CPU).item()
+    before, first = parameters(model), convert_llama.summary_loss(model, CPU, examples()).item()
     config = replace(CONFIG, map_lr=map_lr, lora_epochs=10, gradient_checkpointing=bool(map_lr))
     convert_llama.finetune(model, examples(), config, CPU)
-    assert convert_llama.summary_loss(model, examples(), CPU).item() < first - 0.1
+    assert convert_llama.summary_loss(model, CPU, examples()).item() < first - 0.1
     after = parameters(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     projections = {name for name in before if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -353,7 +356,7 @@ def test_only_the_summary_and_its_end_are_learned():
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :6] = -100
     expected = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
-    assert convert_llama.summary_loss(model, batch, CPU).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert convert_llama.summary_loss(model, CPU, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------- data and measures
@@ -452,10 +455,10 @@ def test_padding_is_on_the_side_that_is_asked_for():
 
 def test_rouge_is_counted_by_hand():
     # "the cat sat" and "the cats ran": 2 of 3 words (stemmed), 1 of 2 pairs, a common subsequence of 2.
-    assert convert_llama.rouge(["the cat sat"], ["the cats ran"]) == pytest.approx(
+    assert samsum.rouge(["the cat sat"], ["the cats ran"]) == pytest.approx(
         dict(rouge1=200 / 3, rouge2=50, rougeL=200 / 3))
     # "a b c d" and "c a": recall 2/4, precision 2/2 -> 2/3; no pair; subsequence 1: 1/4, 1/2 -> 1/3. Means of the two.
-    assert convert_llama.rouge(["a b c d", "x"], ["c a", "x"]) == pytest.approx(
+    assert samsum.rouge(["a b c d", "x"], ["c a", "x"]) == pytest.approx(
         dict(rouge1=100 * (2 / 3 + 1) / 2, rouge2=0, rougeL=100 * (1 / 3 + 1) / 2))
 
 
