@@ -182,10 +182,10 @@ class HedgehogLlamaAttention(LlamaAttention):
 
 
 def grouped_attention(q, k, v, state=None, eps=1e-30):
-    """`linear_attention` for q (B, H, T, P), k (B, K, T, P), v (B, K, T, D), H = G K. -> y (B, H, T, D), state.
+    """`linear_attention` for q (B, H, T, P), k (B, K, T, P), v (B, K, T, D) -> y (B, H, T, D), state (B, K, P, D+1).
 
-    The state is (B, K, P, D+1): query heads of a group read the same one. A single token is one outer product added to
-    it and one product with the G queries; more of them are `linear_attention` with the keys repeated.
+    The query heads of a group read one state. A single token is an outer product added to it and a product with the G
+    queries; more of them are `linear_attention` with the keys repeated.
     """
     (B, H, T, _), K = q.shape, k.shape[1]
     G = H // K
@@ -490,8 +490,8 @@ def main(config):
     out.parent.mkdir(parents=True, exist_ok=True)
     tqdm.write(f"{config.model} on {why}\ntrained on {about['train_rows']} dialogues of SAMSum's {about['trained_on']} "
                f"split, tested on {about['test_rows']} of test; {about['cut']} cut at {config.max_length} tokens")
-    done = {row["attention"] for row in rows}
-    for name in (name for name in ("zero-shot", *config.attentions) if name not in done):
+    done = [row["attention"] for row in rows]
+    for name in [name for name in ("zero-shot", *config.attentions) if name not in done]:
         row = measure_row(name, copy.deepcopy(model).to(device), tokenizer, data, config, device)
         rows.append(row | about | settings | dict(weights=str(model.dtype)) | provenance(device))
         save_json(out, rows)                                                              # a stopped run keeps its rows
