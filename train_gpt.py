@@ -143,7 +143,7 @@ def parse_config(config_class, presets=None, argv=None, saved_config=saved_confi
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(config_class):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        if f.type is tuple:
+        if f.type is tuple:                                                               # several values, of one type
             kind = dict(type=type(f.default[0]), nargs="+")
         if f.metadata["choices"]:
             kind["choices"] = f.metadata["choices"]

@@ -105,6 +105,29 @@ def test_the_loss_and_its_gradient_are_those_of_the_equation():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_neither_a_key_nor_a_query_and_without_causality_all_keys_are_seen(causal, side):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 3, 7, 4, dtype=torch.float64)
+    phi_q, phi_k = torch.rand(2, 2, 3, 7, 8, dtype=torch.float64).requires_grad_()
+    keep = torch.ones(2, 7, dtype=torch.bool)
+    keep[0, slice(3) if side == "left" else slice(4, None)] = False                       # 4 of 7 tokens, and 7 of 7
+    cross_entropy, entropy, n = 0, 0, keep.sum()
+    for b in range(2):
+        x, y, phi_x, phi_y = (z[b][:, keep[b]] for z in (q, k, phi_q, phi_k))             # (H, 4 or 7, ...)
+        for i in range(x.shape[1]):
+            seen = slice(i + 1) if causal else slice(None)
+            p = (x[:, i:i + 1] @ y[:, seen].mT / 2).softmax(-1)                           # (H, 1, seen)
+            a = phi_x[:, i:i + 1] @ phi_y[:, seen].mT
+            cross_entropy -= (p * (a / a.sum(-1, keepdim=True)).log()).sum() / 3 / n
+            entropy -= (p * p.log()).sum() / 3 / n
+    found = imitation_loss(q, k, phi_q, phi_k, keep, causal)
+    torch.testing.assert_close(found, (cross_entropy, entropy), rtol=1e-10, atol=0)
+    padded = torch.autograd.grad(found[0], phi_k)[0].transpose(1, 2)[~keep]
+    assert (padded == 0).all()
+
+
 ADVERSARIES = {
     "no feature at all": lambda phi: 0 * phi,
     "features of 1e-30": lambda phi: 1e-30 * phi,

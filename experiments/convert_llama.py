@@ -1,0 +1,524 @@
+"""Put Hedgehog into a Llama of the transformers library: distil its attention, then LoRA, on summaries of dialogues.
+
+    python experiments/convert_llama.py --model FOLDER --data data/samsum             the table: softmax, Hedgehog, T2R
+    python experiments/convert_llama.py --model SmolLM2-135M-Instruct.Q4_1.gguf ...   a GGUF file will do
+    python experiments/convert_llama.py ... --text wiki.test.raw                      the perplexity on a text as well
+
+Any model of the Llama architecture: rotary embeddings, grouped queries, a decoding state in the model's own cache, so
+that `generate()` costs the same time and memory a token however long the past. In your own code:
+
+    swap(model, "hedgehog")       in place; the maps are the only new parameters, and start as the identity
+    model.generate(...)           as before
+    swap_back(model)              the softmax model again
+
+--data holds SAMSum's files, train, val(idation) and test, as CSV or JSON. Letters are those of hedgehog.py; besides
+them K is the number of key-value heads, each of which serves G = H / K query heads.
+"""
+
+import copy
+import inspect
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of this repository, which is no package
+from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
+from hedgehog import FeatureMap, divide, linear_attention  # noqa: E402
+from train_gpt import (  # noqa: E402
+    cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance, reset_peak, save_json)
+
+try:
+    import peft
+    import transformers
+    from data.samsum import encode, pad, read_samsum, rouge
+    from transformers.cache_utils import DynamicLayer
+    from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+except ImportError as e:
+    print(f"convert_llama.py: error: {e}: pip install -r requirements-experiments.txt", file=sys.stderr)
+    raise SystemExit(2) from None
+
+MAPS = ("hedgehog", "hedgehog_exp", "t2r", "elu", "relu")
+PAPER = {"zero-shot": 19.3, "softmax": 51.1, "hedgehog": 47.4, "t2r": 2.8}  # ROUGE-1 of Llama-2 7B
+TEXT_BLOCK = 1024  # tokens of --text that are read at once
+KL_ROWS = 32  # test dialogues on which the maps are compared with softmax
+SPEED_TOKENS = 32
+
+
+@dataclass
+class LlamaConfig:
+    model: str = opt("HuggingFaceTB/SmolLM2-135M-Instruct", "a Llama of transformers: folder, .gguf file or hub name")
+    data: str = opt("data/samsum", "folder of SAMSum's train, val(idation) and test as CSV or JSON")
+    attentions: tuple = opt(("softmax", "hedgehog", "t2r"), "rows, besides the model as it came", ("softmax", *MAPS))
+    out: str = opt("experiments/results/llama.json", "the rows; those that are there already are not made again")
+    text: str = opt("", "a text file, for the perplexity of the converted language model")
+    limit: int = opt(0, "train on only so many dialogues and test on as many; 0: all")
+    max_length: int = opt(1024, "tokens of prompt and summary; longer dialogues are cut at the end")
+    max_new_tokens: int = opt(100, "longest summary that is generated")
+    # stage 1: the maps alone learn to imitate softmax's weights
+    distill_epochs: float = opt(2.0, "passes over the training dialogues; 0: no distillation")
+    distill_lr: float = opt(1e-2, "peak learning rate of the maps")
+    distill_text: str = opt("", "a text file that is read in each of these epochs besides the dialogues")
+    # stage 2: low-rank updates of the attention's projections learn to write summaries
+    lora_epochs: float = opt(2.0, "passes over the training dialogues; 0: no finetuning")
+    lora_lr: float = opt(1e-4, "peak learning rate of the low-rank updates")
+    map_lr: float = opt(0.0, "peak learning rate of the maps in stage 2; 0: they stay as distilled")
+    rank: int = opt(8, "of the updates")
+    alpha: float = opt(16.0, "the updates count alpha / rank times")
+    gradient_checkpointing: bool = opt(False, "stage 2 computes each layer twice and keeps less: for large models")
+    # both
+    batch_size: int = opt(8, "dialogues a step")
+    seed: int = opt(0, "of the order of the dialogues and the first low-rank weights")
+    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = opt("auto", "of the model's weights; maps and states stay float32", ("auto", "float32", "bfloat16"))
+    # what is measured
+    generate_batch: int = opt(128, "summaries that are written at once")
+    generate_lengths: tuple = opt((1024, 4096, 16384), "measure the speed of generation after so many tokens; 0: don't")
+    speed_batch: int = opt(8, "sequences of that measurement")
+
+    def __post_init__(self):
+        for name in ("max_length", "max_new_tokens", "rank", "batch_size", "generate_batch", "speed_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
+MACHINE = {"attentions", "out", "device", "generate_batch", "gradient_checkpointing"}  # rows may differ in these
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear attention in place of softmax
+
+
+class StateLayer(DynamicLayer):
+    """One layer's past in a cache of transformers: in place of the keys, a state (B, K, P, D+1)."""
+
+    is_croppable, length = False, 0
+
+    def store(self, state, n_new):
+        self.length, self.is_initialized, self.device = self.get_seq_length() + n_new, True, state.device
+        self.keys, self.values = state, state[..., :0]  # what a cache does to its keys for beams, it does to the state
+
+    def get_seq_length(self):
+        return self.length if self.is_initialized else 0
+
+    def update(self, *args, **kwargs):
+        raise ValueError("this cache holds the state of linear attention, which softmax cannot continue and which "
+                         "cannot forget its last tokens (assisted generation): start with an empty cache")
+
+    crop = update
+
+
+def state_layer(cache, index):
+    """The StateLayer of a cache; takes the place of the empty layer for keys that generate() made there."""
+    while len(cache.layers) <= index:
+        cache.layers.append(StateLayer())
+    if type(cache.layers[index]) is DynamicLayer and not cache.layers[index].get_seq_length():
+        cache.layers[index] = StateLayer()
+    if not isinstance(cache.layers[index], StateLayer):
+        raise ValueError("linear attention keeps its state in an empty cache of the default kind (DynamicCache), and "
+                         f"cannot continue one of {type(cache.layers[index]).__name__} that holds keys of softmax")
+    return cache.layers[index]
+
+
+def visible_keys(mask, position_ids, T, past, check=True):
+    """(B, T) bool: which of the T new keys count, from what transformers hands to a layer. None: all of them.
+
+    The mask is None, (B, S) of flash attention, or (B, 1, T, S), bool (sdpa) or 0 and -inf (eager), S = past + T. The
+    last query sees every key but padding, so its row tells the padding. `check`: refuse a mask that holds more.
+    """
+    keys, honoured = None, isinstance(mask, torch.Tensor) and mask.shape[-1] == past + T
+    if mask is None:  # positions that start again are packed sequences, of which flash attention has no mask
+        honoured = not check or position_ids is None or bool((position_ids.diff(dim=-1) == 1).all())
+    elif honoured and mask.ndim == 2:
+        keys = mask[:, -T:].bool()
+    elif honoured:
+        seen, hidden = (mask, ~mask) if mask.dtype == torch.bool else (mask == 0, mask < -1e4)
+        keys = seen[:, 0, -1, -T:]
+        if check:
+            expected = torch.ones_like(seen[0, 0]).tril(past) & seen[:, :1, -1:]          # (B, 1, T, S)
+            honoured = ((seen == expected) & (hidden != expected)).all()
+    if not honoured:
+        raise ValueError("linear attention can leave out padding, and nothing else that a mask may hide or weigh: no "
+                         "sliding window, packed sequences, prefix, bias (ALiBi), flex_attention or static cache")
+    return keys
+
+
+class HedgehogLlamaAttention(LlamaAttention):
+    """A LlamaAttention whose class `swap` has changed: its projections and rotation, then maps and linear attention.
+
+    A map for each of the H query heads and for each of the K key-value heads: as many keys as softmax has, so that the
+    state is G times smaller than with the keys repeated first, as in LoLCATs.
+    """
+
+    def rotated(self, hidden_states, position_embeddings):
+        """q (B, H, T, D), k and v (B, K, T, D), as softmax would get them."""
+        q, k, v = (projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return *apply_rotary_pos_emb(q, k, *position_embeddings), v
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, cache=None,
+                position_ids=None, **kwargs):
+        """hidden_states (B, T, C) -> (B, T, C), None. `cache` and `past_key_values`: the same, by version."""
+        cache = past_key_values if cache is None else cache
+        layer = StateLayer() if cache is None else state_layer(cache, self.layer_idx)
+        q, k, v = self.rotated(hidden_states, position_embeddings)
+        T = q.shape[2]
+        check, past = T > 1 and self.layer_idx == 0, layer.get_seq_length()
+        keys = visible_keys(attention_mask, position_ids, T, past, check)
+        phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k)                        # (B, H or K, T, P)
+        if keys is not None:
+            phi_k = phi_k.masked_fill(~keys[:, None, :, None], 0)                         # counts as no key
+        y, state = grouped_attention(phi_q, phi_k, v.to(phi_k.dtype), layer.keys)
+        layer.store(state, T)
+        return self.o_proj(y.to(v.dtype).transpose(1, 2).flatten(2)), None
+
+
+def grouped_attention(q, k, v, state=None, eps=1e-30):
+    """`linear_attention` for q (B, H, T, P), k (B, K, T, P), v (B, K, T, D) -> y (B, H, T, D), state (B, K, P, D+1).
+
+    The query heads of a group read one state. A single token is an outer product added to it and a product with the G
+    queries; more of them are `linear_attention` with the keys repeated.
+    """
+    (B, H, T, _), K = q.shape, k.shape[1]
+    G = H // K
+    if T > 1 or state is None:
+        k, v, S = (x if x is None else x.repeat_interleave(G, dim=1) for x in (k, v, state))
+        y, S = linear_attention(q, k, v, "chunked", state=S, return_state=True, eps=eps)
+        return y, S[:, ::G]
+    S = torch.addcmul(state, k.mT, F.pad(v, (0, 1), value=1.0))                           # (B, K, P, D+1)
+    y = (q.view(B, K, G, -1) @ S).view(B, H, 1, -1)
+    return divide(y[..., :-1], y[..., -1:], eps), S
+
+
+def llama_layers(model):
+    layers = getattr(getattr(model, "model", None), "layers", [])
+    if not layers or not all(isinstance(layer.self_attn, LlamaAttention) for layer in layers):
+        raise ValueError(f"{type(model).__name__} is not of the Llama architecture; supported is LlamaForCausalLM of "
+                         "transformers (model_type 'llama': Llama 1 to 3, SmolLM2, TinyLlama, Vicuna ...)")
+    return layers
+
+
+def swap(model, kind="hedgehog", **map_options):
+    """Linear attention in every layer of a Llama of transformers, in place. Returns the model; `swap_back` undoes it.
+
+    kind: one of MAPS; it and map_options as in hedgehog.FeatureMap. Projections stay, with their names. Rotated
+    features depend on where a token stands, and not only on how far it is from others, so positions that are not given
+    are counted from the first token that is not padding, also where transformers would count the padding.
+    """
+    if kind not in MAPS:
+        raise ValueError(f"{kind!r} is not a map of single heads and positions: choose one of {', '.join(MAPS)}")
+    for layer in llama_layers(swap_back(model)):
+        attention = layer.self_attn
+        weight, D = attention.k_proj.weight, attention.head_dim
+        H, K = model.config.num_attention_heads, model.config.num_key_value_heads
+        if weight.shape[0] != K * D:
+            raise ValueError(f"a head width that does not match: {K} heads of {D} are not the {weight.shape[0]} keys")
+        attention.__class__ = HedgehogLlamaAttention
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        attention.map_q = FeatureMap(H, D, kind, **map_options).to(weight.device, dtype)
+        attention.map_k = FeatureMap(K, D, kind, **map_options).to(weight.device, dtype)
+    model.model.position_hook = model.model.register_forward_pre_hook(count_positions, with_kwargs=True)
+    return model
+
+
+def swap_back(model):
+    """The softmax attention again, with the projections as they are now. Returns the model."""
+    for layer in llama_layers(model):
+        if isinstance(layer.self_attn, HedgehogLlamaAttention):
+            layer.self_attn.__class__ = LlamaAttention
+            del layer.self_attn.map_q, layer.self_attn.map_k
+    if hasattr(model.model, "position_hook"):
+        model.model.position_hook.remove()
+        del model.model.position_hook
+    return model
+
+
+def count_positions(module, args, kwargs):
+    """Before LlamaModel.forward: position_ids from a (B, S) attention_mask, unless they are given."""
+    kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        T = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None).shape[1]
+        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+    return (), kwargs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two stages of training
+
+
+def fit(groups, examples, epochs, config, label, step_loss):
+    """AdamW on `groups`, [(parameters, learning rate)], each clipped on its own. step_loss(batch of examples) -> loss,
+    which goes backward unless it has done so. Returns seconds."""
+    steps = round(epochs * math.ceil(len(examples) / config.batch_size))
+    schedule = SimpleNamespace(lr=1.0, steps=steps, warmup=round(0.05 * steps))
+    optimizer = torch.optim.AdamW([dict(params=params, lr=lr, peak=lr) for params, lr in groups], weight_decay=0.0)
+    generator, order, began = torch.Generator().manual_seed(config.seed), [], time.perf_counter()
+    bar = tqdm(range(steps), desc=label, unit="step", disable=None)
+    for step in bar:
+        if not order:
+            order = list(torch.randperm(len(examples), generator=generator).split(config.batch_size))
+        loss = step_loss([examples[i] for i in order.pop(0)])
+        if loss.requires_grad:
+            loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, schedule)
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 0 or step == steps - 1:                                           # reading it waits for a GPU
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            if not loss.isfinite():
+                raise ValueError(f"{label}: the loss is {loss.item()} at step {step}: lower the learning rate")
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def imitate(model, ids, mask, learn=False):
+    """The teacher reads ids (B, T), and each layer's maps are compared with its weights: (layers, 2), as in the loss.
+
+    The teacher is the swapped model with softmax's output passed on. What a layer reads depends on no map, so with
+    `learn` each layer's loss goes backward at once: memory is that of one layer.
+    """
+    losses, attentions = [], [layer.self_attn for layer in model.model.layers]
+
+    def compare(attention, hidden_states, position_embeddings, **kwargs):
+        q, k, _ = attention.rotated(hidden_states, position_embeddings)
+        with torch.set_grad_enabled(learn):
+            phi_q, phi_k = attention.map_q(q, is_query=True), attention.map_k(k)
+            k, phi_k = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, phi_k))
+            both = torch.stack(imitation_loss(q, k, phi_q, phi_k, keep=mask.bool()))
+            if learn:
+                both[0].backward()
+        losses.append(both.detach())
+        return LlamaAttention.forward(attention, hidden_states, position_embeddings, **kwargs)
+
+    try:
+        for attention in attentions:
+            attention.forward = partial(compare, attention)
+        model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for attention in attentions:
+            del attention.forward                                                         # its class's is there again
+    return torch.stack(losses)
+
+
+def distill(model, examples, config, device):
+    """Stage 1: train the maps of a swapped model, in place. Returns seconds."""
+    model.eval().requires_grad_(False)
+    groups = [([p.requires_grad_() for p in maps_of(layer).values()], config.distill_lr)
+              for layer in model.model.layers]  # layers are problems of their own, also in clipping
+
+    def step_loss(batch):
+        return imitate(model, *pad([x["ids"] for x in batch], False, device), learn=True)[:, 0].mean()
+
+    return fit(groups, examples, config.distill_epochs, config, "distilling", step_loss)
+
+
+def divergence(model, examples, config, device):
+    """KL of each layer's linear weights from softmax's, in nats a query: the mean over queries and heads."""
+    total = 0
+    for i in range(0, len(examples), config.batch_size):
+        ids, mask = pad([x["ids"] for x in examples[i:i + config.batch_size]], False, device)
+        cross_entropy, entropy = imitate(model, ids, mask).T
+        total += (cross_entropy - entropy).cpu() * mask.sum().item()
+    return (total / sum(len(x["ids"]) for x in examples)).tolist()
+
+
+def summary_loss(model, device, examples):
+    """Mean cross-entropy of the summaries' tokens and their end; logits are formed for no others."""
+    ids, mask = pad([x["ids"] for x in examples], False, device)
+    x = model.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]               # (B, T, C)
+    n_prompt = torch.tensor([[x["n_prompt"]] for x in examples], device=device)
+    learned = ((torch.arange(ids.shape[1], device=device) >= n_prompt) & mask.bool())[:, 1:]
+    return F.cross_entropy(model.lm_head(x[:, :-1][learned]).float(), ids[:, 1:][learned])
+
+
+def finetune(model, examples, config, device):
+    """Stage 2: low-rank updates of q, k, v and o learn the summaries and are added to the weights. Returns seconds."""
+    torch.manual_seed(config.seed)
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=config.rank, lora_alpha=config.alpha,
+                                                      target_modules=projections))
+    groups = [([p for p in lora.parameters() if p.requires_grad], config.lora_lr)]
+    if config.map_lr and maps_of(model):
+        groups.append(([p.requires_grad_() for p in maps_of(model).values()], config.map_lr))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    model.train(config.gradient_checkpointing)  # what switches it on; there is no dropout
+    seconds = fit(groups, examples, config.lora_epochs, config, "LoRA", partial(summary_loss, model, device))
+    lora.merge_and_unload()
+    model.eval()
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+@torch.no_grad()
+def summarize(model, tokenizer, examples, config, device):
+    """The likeliest summary of each prompt, token by token. Prompts of one length are written together."""
+    end, texts = tokenizer.eos_token_id, [""] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["ids"]))
+    for start in tqdm(range(0, len(order), config.generate_batch), desc="writing", unit="batch", disable=None):
+        batch = order[start:start + config.generate_batch]
+        ids, mask = pad([examples[i]["ids"] for i in batch], True, device, end)
+        written = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=config.max_new_tokens,
+                                 do_sample=False, eos_token_id=end, pad_token_id=end)[:, ids.shape[1]:]
+        for i, tokens in zip(batch, written.tolist()):
+            texts[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return texts
+
+
+@torch.no_grad()
+def text_perplexity(model, ids, device):
+    """Perplexity a token over the whole text, in blocks that do not overlap: each token has the past of its block."""
+    ids, total = torch.tensor([ids], device=device), 0.0
+    for start in tqdm(range(0, ids.shape[1] - 1, TEXT_BLOCK), desc="reading", unit="block", disable=None):
+        block = ids[:, start:start + TEXT_BLOCK + 1]
+        logits = model(input_ids=block[:, :-1], use_cache=False).logits[0].float()
+        total += F.cross_entropy(logits, block[0, 1:], reduction="sum").item()
+    return perplexity(total / (ids.shape[1] - 1))
+
+
+@torch.no_grad()
+def speed(model, length, config, device):
+    """(tokens a second, peak GiB on a GPU) of generation after `length` tokens, whatever they say. None: no memory."""
+    generator, times = torch.Generator().manual_seed(0), []
+    ids = torch.randint(model.config.vocab_size, (config.speed_batch, length), generator=generator).to(device)
+
+    def note_time(input_ids, scores, **kwargs):  # asked after each token whether to stop
+        if not times:
+            reset_peak(device)  # what the past takes, not the prompt
+        input_ids.cpu()  # waits for a GPU
+        times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=device)
+
+    try:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SPEED_TOKENS, do_sample=False,
+                       min_new_tokens=SPEED_TOKENS, pad_token_id=0, stopping_criteria=[note_time])
+    except torch.OutOfMemoryError:  # a result as well, and no reason to lose the row
+        return None, None
+    return config.speed_batch / torch.tensor(times, dtype=torch.float64).diff().median().item(), peak_gib(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def load(config, dtype):
+    """(model, tokenizer), on the CPU. transformers dequantizes a GGUF file itself."""
+    path, options = Path(config.model), {}
+    if path.suffix == ".gguf":
+        path, options = path.parent, dict(gguf_file=path.name)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
+    except (OSError, KeyError, ValueError, ImportError) as e:
+        raise ValueError(f"no Llama with a tokenizer at {config.model}: give a folder with config.json, a .gguf file "
+                         f"or a name on the hub ({str(e).strip().splitlines()[0]})") from None
+    llama_layers(model)
+    return model.eval(), tokenizer
+
+
+def read_text(path, tokenizer):
+    return tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+
+
+def prepare(config, tokenizer):
+    """The table's data as tokens, and how they were chosen."""
+    splits = read_samsum(config.data)
+    trained_on, limit, length = "train" if "train" in splits else "val", config.limit or None, config.max_length
+    test_rows = splits["test"][:limit]
+    train = [encode(tokenizer, row, length) for row in splits[trained_on][:limit]]
+    test = [encode(tokenizer, row, length, with_summary=False) for row in test_rows]
+    extra = read_text(config.distill_text, tokenizer) if config.distill_text else []
+    data = dict(train=train, test=test, test_rows=test_rows, text=config.text and read_text(config.text, tokenizer),
+                distill=train + [dict(ids=extra[i:i + length]) for i in range(0, len(extra), length)],
+                kl=[encode(tokenizer, row, length) for row in test_rows[:KL_ROWS]])
+    return data, dict(trained_on=trained_on, train_rows=len(train), test_rows=len(test),
+                      cut=sum(x["cut"] for x in train + test))
+
+
+def measure_row(name, model, tokenizer, data, config, device):
+    """Convert, finetune, summarize: the row of one attention."""
+    row = dict(attention=name)
+    if name in MAPS:
+        swap(model, name)
+        row["kl_before"] = divergence(model, data["kl"], config, device)
+        if config.distill_epochs and maps_of(model):
+            reset_peak(device)
+            row["distill_seconds"] = distill(model, data["distill"], config, device)
+            row["distill_gib"], row["kl"] = peak_gib(device), divergence(model, data["kl"], config, device)
+        if data["text"]:
+            row["distilled_text_ppl"] = text_perplexity(model, data["text"], device)
+    if name != "zero-shot" and config.lora_epochs:
+        reset_peak(device)
+        row["lora_seconds"], row["lora_gib"] = finetune(model, data["train"], config, device), peak_gib(device)
+    if data["text"]:
+        row["text_ppl"] = text_perplexity(model, data["text"], device)
+    began = time.perf_counter()
+    summaries = summarize(model, tokenizer, data["test"], config, device)
+    row["generate_seconds"] = time.perf_counter() - began
+    row |= rouge([x["summary"] for x in data["test_rows"]], summaries)
+    row["samples"] = [dict(x, written=text) for x, text in zip(data["test_rows"][:3], summaries)]
+    measured = {str(n): speed(model, n, config, device) for n in config.generate_lengths if n}
+    row["tokens_per_second"] = {n: tokens for n, (tokens, _) in measured.items()}
+    row["generate_gib"] = {n: gib for n, (_, gib) in measured.items()}
+    return row
+
+
+def main(config):
+    device, dtype, why = pick_device(config.device, config.dtype)
+    settings = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in MACHINE}))
+    out = Path(config.out)
+    rows = json.loads(out.read_text()) if out.exists() else []
+    changed = [name for name, value in settings.items() if any(row.get(name) != value for row in rows)]
+    if changed:
+        raise ValueError(f"{out} holds rows made with another {', '.join(changed)}: choose another --out")
+    model, tokenizer = load(config, dtype)
+    data, about = prepare(config, tokenizer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tqdm.write(f"{config.model} on {why}\ntrained on {about['train_rows']} dialogues of SAMSum's {about['trained_on']} "
+               f"split, tested on {about['test_rows']} of test; {about['cut']} cut at {config.max_length} tokens")
+    done = [row["attention"] for row in rows]
+    for name in [name for name in ("zero-shot", *config.attentions) if name not in done]:
+        row = measure_row(name, copy.deepcopy(model).to(device), tokenizer, data, config, device)
+        rows.append(row | about | settings | dict(weights=str(model.dtype)) | provenance(device))
+        save_json(out, rows)                                                              # a stopped run keeps its rows
+        tqdm.write(f"{name}: ROUGE-1 {row['rouge1']:.1f}")
+    print(table(rows))
+
+
+def table(rows):
+    """R1 / softmax: the row's ROUGE-1 to that of softmax + LoRA. Below, what each wrote of the same dialogues."""
+    lengths = list(dict.fromkeys(n for row in rows for n in row["tokens_per_second"]))
+    form = "{:22}" + "{:>14}" * (7 + len(lengths))
+    lines = [form.format("", "R1", "R2", "RL", "R1 / softmax", "paper's", "text ppl", "seconds",
+                         *(f"tok/s@{n}" for n in lengths))]
+    best = next((row["rouge1"] for row in rows if row["attention"] == "softmax"), 0) or math.nan
+    for row in rows:
+        seconds = sum(row.get(f"{stage}_seconds", 0) for stage in ("distill", "lora", "generate"))
+        paper = PAPER.get(row["attention"], math.nan) / PAPER["softmax"]
+        numbers = [row["rouge1"], row["rouge2"], row["rougeL"], row["rouge1"] / best, paper,
+                   row.get("text_ppl", math.nan), seconds, *(row["tokens_per_second"].get(n) for n in lengths)]
+        lines.append(form.format(row["attention"] + " + LoRA" * ("lora_seconds" in row),
+                                 *("-" if x is None or math.isnan(x) else f"{x:,.2f}" for x in numbers)))
+    for i, x in enumerate(rows[0]["samples"]):
+        lines += [f"\ndialogue {x['id']}", f"  {'a person':13}{x['summary']}"]
+        lines += [f"  {row['attention']:13}{' '.join(row['samples'][i]['written'].split())}" for row in rows]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli(lambda: main(parse_config(LlamaConfig)),
+        out_of_memory="lower --batch-size, --generate-batch or --speed-batch, or add --gradient-checkpointing")

@@ -1,0 +1,587 @@
+"""Hedgehog in a Llama of transformers: tiny random models against oracles, and the whole experiment at toy size."""
+
+import copy
+import csv
+import inspect
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("transformers", "peft", "rouge_score"):
+    pytest.importorskip(package, reason="pip install -r requirements-experiments.txt")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import convert_llama
+import transformers
+from convert_gpt2 import maps_of
+from convert_llama import LlamaConfig, swap, swap_back
+from data import samsum
+from hedgehog import attention_weights
+from train_gpt import parse_config
+
+CPU = torch.device("cpu")
+EOS = 2
+
+
+def tiny(kv_heads=2, kind="hedgehog", dtype=torch.float64, implementation="sdpa", **changes):
+    """A random Llama of two layers; its maps, if `kind`, are random too."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**dict(
+        vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=kv_heads, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1,
+        eos_token_id=EOS, pad_token_id=0, attn_implementation=implementation) | changes)
+    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    if kind:
+        randomize(swap(model, kind))
+    return model
+
+
+def randomize(model):
+    torch.manual_seed(1)
+    for p in maps_of(model).values():
+        torch.nn.init.normal_(p, std=0.5)
+
+
+def some_ids(B=2, T=9):
+    return torch.randint(3, 60, (B, T), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def logits(model, ids, **options):
+    return model(input_ids=ids, use_cache=False, **options).logits
+
+
+# ---------------------------------------------------------------- attention
+
+
+def test_attention_is_the_sum_over_rotated_features():
+    model = tiny()
+    attention, seen = model.model.layers[1].self_attn, []
+    attention.register_forward_hook(lambda module, args, kwargs, y: seen.extend((kwargs["hidden_states"], y[0])),
+                                    with_kwargs=True)
+    logits(model, some_ids(1))
+    x, y = seen[0][0], seen[1][0]                                           # (T, C)
+
+    def head(projection, h, t, rotate=True):
+        z = (projection.weight @ x[t]).view(-1, 8)[h]
+        if rotate:  # pairs (i, i + 4) turn by t / 10000^(i / 4)
+            angle = t * 10000.0 ** (-torch.arange(4, dtype=x.dtype) / 4)
+            z = torch.cat((z[:4] * angle.cos() - z[4:] * angle.sin(), z[4:] * angle.cos() + z[:4] * angle.sin()))
+        return z
+
+    def phi(map, h, z):
+        u = z @ map.weight[h]
+        return torch.cat((u.softmax(-1), (-u).softmax(-1)))
+
+    for t in (0, 4, 8):
+        heads = []
+        for h in range(4):  # query heads 0 and 1 read key-value head 0, 2 and 3 read head 1
+            q = phi(attention.map_q, h, head(attention.q_proj, h, t))
+            a = [q @ phi(attention.map_k, h // 2, head(attention.k_proj, h // 2, s)) for s in range(t + 1)]
+            v = [head(attention.v_proj, h // 2, s, rotate=False) for s in range(t + 1)]
+            heads.append(sum(w * value for w, value in zip(a, v)) / sum(a))
+        torch.testing.assert_close(attention.o_proj.weight @ torch.cat(heads), y[t], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hedgehog", "t2r", "elu"])
+def test_grouped_queries_are_repeated_heads(kind):
+    grouped, repeated = tiny(2, kind), tiny(4, kind)
+    weights = grouped.state_dict()
+    for name in list(weights):
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            weights[name] = weights[name].view(2, 8, 32).repeat_interleave(2, dim=0).flatten(0, 1)
+        if ".map_k" in name:
+            weights[name] = weights[name].repeat_interleave(2, dim=0)
+    repeated.load_state_dict(weights)
+    ids = some_ids()
+    torch.testing.assert_close(logits(grouped, ids), logits(repeated, ids), rtol=1e-9, atol=1e-9)
+    # Decoding, too, where the state of a group is one and not two copies.
+    cache = [transformers.DynamicCache(), transformers.DynamicCache()]
+    for t in range(ids.shape[1]):
+        a, b = (step(model, ids[:, t:t + 1], c) for model, c in zip((grouped, repeated), cache))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert cache[0].layers[0].keys.shape[1] == 2 and cache[1].layers[0].keys.shape[1] == 4
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_for_nothing_on_either_side(side, implementation):
+    model, ids = tiny(implementation=implementation), some_ids()
+    mask = torch.ones_like(ids)
+    real = slice(3, None) if side == "left" else slice(6)
+    mask[0] = 0
+    mask[0, real] = 1
+    padded = logits(model, ids, attention_mask=mask)
+    torch.testing.assert_close(padded[0, real], logits(model, ids[:1, real])[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(padded[1], logits(model, ids[1:])[0], rtol=1e-9, atol=1e-9)
+    assert padded.isfinite().all()
+    with torch.no_grad():  # and arguments may come without their names
+        assert torch.equal(model.lm_head(model.model(ids, mask, None, None)[0]), padded)
+
+
+def test_padding_has_no_gradient():
+    model = tiny()
+    x = model.model.embed_tokens(some_ids()).detach().requires_grad_()
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits[0, 3:].square().sum().backward()
+    assert (x.grad[0, :3] == 0).all() and (x.grad[0, 3:] != 0).any() and x.grad.isfinite().all()
+
+
+def test_swapping_back_restores_the_logits_to_the_bit():
+    model, ids = tiny(kind=None, dtype=torch.float32), some_ids()
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    before, names = logits(model, ids, attention_mask=mask), set(model.state_dict())
+    swap(model, "hedgehog")
+    randomize(model)
+    after = logits(model, ids, attention_mask=mask)
+    assert (before - after).abs().max() > 0.1
+    assert {name for name in model.state_dict() if ".map_" not in name} == names   # projections keep their names
+    swap(model, "t2r")  # takes the place of the first
+    swap_back(copy.deepcopy(model))
+    assert len(model.model._forward_pre_hooks) == 1  # the copy's is another
+    assert swap_back(model) is model and set(model.state_dict()) == names
+    assert torch.equal(logits(model, ids, attention_mask=mask), before)
+    assert not model.model._forward_pre_hooks
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@torch.no_grad()
+def step(model, ids, cache, mask=None):
+    names = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    name = "past_key_values" if "past_key_values" in names else "cache"     # by version of transformers
+    return model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}).logits
+
+
+def test_token_by_token_is_the_full_forward_and_the_state_does_not_grow():
+    model, ids = tiny(), some_ids(2, 20)
+    full, cache = logits(model, ids), transformers.DynamicCache()
+    sizes = set()
+    for t in range(20):
+        torch.testing.assert_close(step(model, ids[:, t:t + 1], cache)[:, 0], full[:, t], rtol=1e-9, atol=1e-9)
+        sizes |= {layer.keys.shape for layer in cache.layers}
+        assert cache.get_seq_length() == t + 1
+    assert sizes == {(2, 2, 16, 9)}                                         # (B, K, P, D+1)
+
+
+@pytest.mark.parametrize("pieces", [(12, 1, 1, 6), (1, 5, 1, 13), (7, 13)])
+def test_a_prompt_may_come_in_pieces_and_padded_on_the_left(pieces):
+    model, ids = tiny(), some_ids(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    full, cache, t, parts = logits(model, ids, attention_mask=mask), transformers.DynamicCache(), 0, []
+    for n in pieces:
+        parts.append(step(model, ids[:, t:t + n], cache, mask[:, :t + n]))
+        t += n
+    parts = torch.cat(parts, dim=1)
+    torch.testing.assert_close(parts[0, 4:], full[0, 4:], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(parts[1], full[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_beams=3), dict(num_beams=2, num_return_sequences=2)])
+def test_generate_writes_with_the_state_what_it_writes_without_a_cache(options):
+    model, ids = tiny(), some_ids(3, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[1, :2] = 0, 0
+    settings = dict(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, **options)
+    cached = model.generate(**settings)
+    assert torch.equal(cached, model.generate(**settings, use_cache=False))
+    if not options:  # and each row is what it is alone
+        alone = [model.generate(**settings | dict(input_ids=ids[i:i + 1, n:], attention_mask=None))[0, -8:]
+                 for i, n in enumerate((5, 2, 0))]
+        assert torch.equal(cached[:, -8:], torch.stack(alone))
+
+
+def test_a_state_continues_no_keys_and_forgets_nothing():
+    model, ids, cache = tiny(kind=None), some_ids(), transformers.DynamicCache()
+    step(model, ids, cache)
+    with pytest.raises(ValueError, match="cannot continue one of DynamicLayer that holds keys of softmax"):
+        step(swap(model), ids, cache)
+    cache = transformers.DynamicCache()
+    step(model, ids, cache)
+    with pytest.raises(ValueError, match="cannot forget its last tokens"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="which softmax cannot continue"):
+        step(swap_back(model), ids, cache)
+    with pytest.raises(ValueError, match="default kind"):
+        swap(model).generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
+
+
+def test_the_rows_of_a_cache_can_be_repeated_and_chosen():
+    model, ids, caches = tiny(), some_ids(2, 9), [transformers.DynamicCache() for _ in range(2)]
+    step(model, ids[:, :8], caches[0])
+    step(model, ids[:, :8].repeat_interleave(3, dim=0)[[5, 0, 1]], caches[1])
+    caches[0].batch_repeat_interleave(3)
+    caches[0].batch_select_indices(torch.tensor([5, 0, 1]))
+    a, b = (step(model, ids[[1, 0, 0], 8:], cache) for cache in caches)
+    torch.testing.assert_close(a, b)
+    caches[0].reset()
+    assert torch.equal(step(model, ids, caches[0]), logits(model, ids)) and caches[0].get_seq_length() == 9
+
+
+# ---------------------------------------------------------------- masks
+
+
+def masks(T=6):
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    window = causal & ~torch.ones(T, T, dtype=torch.bool).tril(-3)
+    packed = causal.clone()
+    packed[3:, :3] = False
+    prefix = causal.clone()
+    prefix[:2, :3] = True
+    return {name: x.expand(2, 1, T, T) for name, x in dict(causal=causal, window=window, packed=packed,
+                                                           prefix=prefix).items()}
+
+
+REFUSED = "linear attention can leave out padding, and nothing else"
+
+
+@pytest.mark.parametrize("name", ["window", "packed", "prefix"])
+def test_a_mask_that_is_not_padding_is_refused(name):
+    model, ids, mask = tiny(), some_ids(2, 6), masks()[name]
+    additive = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    for given in (mask, additive):
+        with pytest.raises(ValueError, match=REFUSED):
+            logits(model, ids, attention_mask=given)
+
+
+def test_masks_that_can_be_honoured_are_and_others_are_refused():
+    model, ids, causal = tiny(), some_ids(2, 6), masks()["causal"]
+    for mask in (causal, -1e9 * (~causal).double(), causal.expand(2, 4, 6, 6)):
+        torch.testing.assert_close(logits(model, ids, attention_mask=mask), logits(model, ids))
+    alibi = torch.rand(2, 1, 6, 6, dtype=torch.float64) - 1e9 * (~causal).double()
+    one_head = torch.cat((causal, masks()["window"]), dim=1)
+    for mask in (alibi, one_head.repeat(1, 2, 1, 1)):
+        with pytest.raises(ValueError, match=REFUSED):
+            logits(model, ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=REFUSED):
+        logits(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1))
+    visible, flash = convert_llama.visible_keys, torch.tensor([[0, 1, 1, 1]])
+    assert visible(flash, None, 2, 2).tolist() == [[True, True]] and visible(None, None, 4, 0) is None
+    restart = torch.tensor([[0, 1, 0, 1]])  # packed: flash attention has no mask then
+    for mask, positions, past in ((None, restart, 0), (object(), None, 0), (flash, None, 2)):
+        with pytest.raises(ValueError, match=REFUSED):
+            visible(mask, positions, 4, past)
+
+
+def test_another_architecture_head_width_or_map_is_refused():
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is not of the Llama architecture; supported is"):
+        swap(gpt2)
+    with pytest.raises(ValueError, match="'cosformer' is not a map of single heads and positions: choose one of"):
+        swap(tiny(), "cosformer")
+    model = tiny(kind=None)
+    model.model.layers[0].self_attn.head_dim = 4
+    with pytest.raises(ValueError, match="a head width that does not match: 2 heads of 4 are not the 16 keys"):
+        swap(model)
+
+
+# ---------------------------------------------------------------- training
+
+
+def examples():
+    rows = some_ids(6, 14).tolist()
+    return [dict(ids=row[:14 - i], n_prompt=6, cut=False) for i, row in enumerate(rows)]
+
+
+CONFIG = LlamaConfig(batch_size=2, distill_epochs=4, lora_epochs=2, lora_lr=1e-2, rank=2, alpha=4)
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_layer_is_compared_on_the_teachers_own_activations():
+    model, ids = tiny(), some_ids(2, 9)
+    mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 9])
+    losses = convert_llama.imitate(model, ids, mask)
+    teacher = swap_back(tiny(implementation="eager"))
+    hidden = teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True, output_attentions=True)
+    for i, layer in enumerate(tiny().model.layers):
+        x = layer.input_layernorm(hidden.hidden_states[i])
+        rotation = teacher.model.rotary_emb(x, torch.arange(9)[None])
+        q, k, _ = layer.self_attn.rotated(x, rotation)
+        phi_k = layer.self_attn.map_k(k).repeat_interleave(2, dim=1)
+        a = attention_weights(layer.self_attn.map_q(q, is_query=True), phi_k)
+        p, rows = hidden.attentions[i], []                                  # (B, H, T, T)
+        for b, n in enumerate(mask.sum(-1)):
+            rows += [-(p[b, :, t, :t + 1] * a[b, :, t, :t + 1].log()).sum(-1) for t in range(n)]
+        assert losses[i, 0].item() == pytest.approx(torch.stack(rows).mean().item(), abs=1e-6)
+        assert losses[i, 0] >= losses[i, 1] > 0
+    torch.testing.assert_close(logits(model, ids), logits(tiny(), ids))                 # linear again
+
+
+@pytest.mark.parametrize("kind", ["hedgehog", "t2r"])
+def test_distillation_moves_the_maps_alone_and_nearer_to_softmax(kind):
+    model = tiny(kind=None, dtype=torch.float32)
+    swap(model, kind)
+    before, kl = parameters(model), convert_llama.divergence(model, examples(), CONFIG, CPU)
+    convert_llama.distill(model, examples(), CONFIG, CPU)
+    after = parameters(model)
+    assert {name for name in after if not torch.equal(before[name], after[name])} == set(maps_of(model))
+    closer = convert_llama.divergence(model, examples(), CONFIG, CPU)
+    assert all(0 <= b < a for a, b in zip(kl, closer))
+
+
+@pytest.mark.parametrize("map_lr", [0.0, 1e-2])
+@pytest.mark.parametrize("kind", [None, "hedgehog"])
+def test_lora_adds_low_rank_updates_to_the_projections_and_moves_the_maps_only_if_told_to(kind, map_lr):
+    model = tiny(kind=kind, dtype=torch.float32)
+    before, first = parameters(model), convert_llama.summary_loss(model, CPU, examples()).item()
+    config = replace(CONFIG, map_lr=map_lr, lora_epochs=10, gradient_checkpointing=bool(map_lr))
+    convert_llama.finetune(model, examples(), config, CPU)
+    assert convert_llama.summary_loss(model, CPU, examples()).item() < first - 0.1
+    after = parameters(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    projections = {name for name in before if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    assert after.keys() == before.keys() and len(projections) == 8
+    assert moved == projections | (set(maps_of(model)) if map_lr and kind else set())
+    for name in projections:
+        assert torch.linalg.svdvals(after[name] - before[name])[2:].max() < 1e-4         # --rank 2
+    torch.testing.assert_close(parameters(swap_back(model))[min(projections)], after[min(projections)])
+
+
+def test_only_the_summary_and_its_end_are_learned():
+    model, batch = tiny(), examples()[:2]
+    ids, mask = samsum.pad([x["ids"] for x in batch], False, CPU)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :6] = -100
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    assert convert_llama.summary_loss(model, CPU, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------- data and measures
+
+ROWS = [dict(id="1", dialogue="Ann: Hi, are you there?\r\nBob: Yes, \"here\".", summary="Bob is there. "),
+        dict(id="2", dialogue="Ann: Lunch, at one?\r\nBob: At two.", summary="They have lunch at two."),
+        dict(id="3", dialogue="", summary="Nothing.")] + [
+       dict(id=str(i), dialogue=f"Ann: I have {i} apples.\r\nBob: I have {i + 1}.", summary=f"Bob has {i + 1} apples.")
+       for i in range(4, 9)]
+
+
+def write_rows(path, rows=ROWS):
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, ("id", "summary", "dialogue"))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("[" + ",".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("end", ["csv", "json", "jsonl"])
+@pytest.mark.parametrize("name, split", [("train", "train"), ("val", "val"), ("validation", "val")])
+def test_samsum_is_read_from_csv_and_json(tmp_path, end, name, split):
+    write_rows(tmp_path / f"{name}.{end}")
+    unusual = dict(ROWS[1], summary="They\u2028have lunch.")                   # a line separator that ends no row
+    write_rows(tmp_path / f"test.{end}", [ROWS[0], unusual])
+    splits = samsum.read_samsum(tmp_path)
+    assert {key: len(rows) for key, rows in splits.items()} == {split: 7, "test": 2}     # the empty one is left out
+    assert splits["test"][0] == dict(id="1", dialogue="Ann: Hi, are you there?\nBob: Yes, \"here\".",
+                                     summary="Bob is there.")
+    assert splits["test"][1]["summary"] == unusual["summary"]
+
+
+def test_missing_and_damaged_data_are_told(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="has to hold SAMSum's test split and train or val.*found neither"):
+            samsum.read_samsum(folder)
+    write_rows(tmp_path / "val.csv")
+    write_rows(tmp_path / "test.csv", [])
+    with pytest.raises(ValueError, match="found val: mend --data"):
+        samsum.read_samsum(tmp_path)
+    for name, text in (("test.json", b"[{"), ("test.json", b'[{"id": 1}]'), ("test.csv", b"id,dialogue\n1,x\n"),
+                       ("test.csv", b"\xff\xfe")):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(ValueError, match="is damaged, or lacks one of the columns id, dialogue and summary"):
+            samsum.read_samsum(tmp_path)
+        (tmp_path / name).unlink()
+
+
+CHAT = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def make_tokenizer(chat=CHAT):
+    from tokenizers import ByteLevelBPETokenizer
+    text = [f"{row['dialogue']} {row['summary']} {samsum.ASK} Summary:" for row in ROWS]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(text, vocab_size=330, show_progress=False,
+                            special_tokens=["<unk>", "<s>", "<|end|>", "<|user|>", "<|assistant|>"])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, unk_token="<unk>", bos_token="<s>",
+                                                eos_token="<|end|>", chat_template=chat)
+
+
+def test_the_prompt_is_the_models_own_chat_or_plain_and_the_summary_ends():
+    row = dict(ROWS[1], dialogue=ROWS[1]["dialogue"].replace("\r", ""))
+    for chat, prompt, answer in (
+            (CHAT, "<|user|>{ask}\n\n{dialogue}<|end|><|assistant|>", "They have lunch at two.<|end|>"),
+            (None, "{ask}\n\n{dialogue}\n\nSummary:", " They have lunch at two.<|end|>")):
+        tokenizer = make_tokenizer(chat)
+        x = samsum.encode(tokenizer, row, 200)
+        assert tokenizer.decode(x["ids"][:x["n_prompt"]]) == prompt.format(ask=samsum.ASK, **row)
+        assert tokenizer.decode(x["ids"][x["n_prompt"]:]) == answer and not x["cut"]
+        asked = samsum.encode(tokenizer, row, 200, with_summary=False)
+        assert asked["ids"] == x["ids"][:x["n_prompt"]]
+
+
+def test_a_long_dialogue_loses_its_end_and_nothing_else():
+    tokenizer = make_tokenizer()
+    row = dict(id="1", dialogue="Ann: I have 4 apples.\n" * 40, summary="Ann has apples.")
+    x = samsum.encode(tokenizer, row, 100)
+    text = tokenizer.decode(x["ids"])
+    assert x["cut"] and 90 < len(x["ids"]) <= 100
+    assert text.startswith(f"<|user|>{samsum.ASK}\n\nAnn: I have 4") and text.endswith("Ann has apples.<|end|>")
+    with pytest.raises(ValueError, match="--max-length 10 is too short"):
+        samsum.encode(tokenizer, row, 10)
+
+
+def test_padding_is_on_the_side_that_is_asked_for():
+    left = samsum.pad([[5, 6], [7]], True, CPU, fill=9)
+    right = samsum.pad([[5, 6], [7]], False, CPU)
+    assert [x.tolist() for x in left] == [[[5, 6], [9, 7]], [[1, 1], [0, 1]]]
+    assert [x.tolist() for x in right] == [[[5, 6], [7, 0]], [[1, 1], [1, 0]]]
+
+
+def test_rouge_is_counted_by_hand():
+    # "the cat sat" and "the cats ran": 2 of 3 words (stemmed), 1 of 2 pairs, a common subsequence of 2.
+    assert samsum.rouge(["the cat sat"], ["the cats ran"]) == pytest.approx(
+        dict(rouge1=200 / 3, rouge2=50, rougeL=200 / 3))
+    # "a b c d" and "c a": recall 2/4, precision 2/2 -> 2/3; no pair; subsequence 1: 1/4, 1/2 -> 1/3. Means of the two.
+    assert samsum.rouge(["a b c d", "x"], ["c a", "x"]) == pytest.approx(
+        dict(rouge1=100 * (2 / 3 + 1) / 2, rouge2=0, rougeL=100 * (1 / 3 + 1) / 2))
+
+
+def test_summaries_come_in_the_order_of_the_dialogues_whatever_the_batch():
+    model, tokenizer = tiny(vocab_size=330, dtype=torch.float32), make_tokenizer()
+    prompts = [samsum.encode(tokenizer, row, 200, False) for row in ROWS[:2] + ROWS[3:]]
+    config = LlamaConfig(max_new_tokens=5)
+    one = convert_llama.summarize(model, tokenizer, prompts, replace(config, generate_batch=1), CPU)
+    assert convert_llama.summarize(model, tokenizer, prompts, replace(config, generate_batch=4), CPU) == one
+    assert len(set(one)) > 1
+
+
+@pytest.mark.parametrize("n", [2, 9, 12, 30])
+def test_every_token_of_the_text_but_the_first_is_predicted_once(n, monkeypatch):
+    monkeypatch.setattr(convert_llama, "TEXT_BLOCK", 4)
+    model, ids = tiny(kind=None), some_ids(1, n)[0]
+    nats = [torch.nn.functional.cross_entropy(logits(model, ids[None, t // 4 * 4:t + 1])[0, -1], ids[t + 1]).item()
+            for t in range(n - 1)]
+    found = convert_llama.text_perplexity(model, ids.tolist(), CPU)
+    assert found == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
+
+
+# ---------------------------------------------------------------- the experiment
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer, a SAMSum of seven dialogues and a text."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny(kind=None, dtype=torch.float32, vocab_size=330, initializer_range=0.05).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    write_rows(folder / "data" / "val.csv")
+    write_rows(folder / "data" / "test.csv", ROWS[:2] + ROWS[4:])
+    (folder / "text.txt").write_text("Ann has lunch at two. " * 30)
+    return folder
+
+
+def parse(folder, out, flags=""):
+    given = (f"--model {folder / 'model'} --data {folder / 'data'} --text {folder / 'text.txt'} --device cpu "
+             f"--batch-size 4 --max-new-tokens 4 --generate-lengths 8 16 --speed-batch 2 --out {out} {flags}")
+    return parse_config(LlamaConfig, argv=given.split())
+
+
+def test_the_whole_table_is_made(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert_llama, "SPEED_TOKENS", 3)
+    out = tmp_path / "results" / "llama.json"
+    config = parse(folder, out, "--attentions softmax hedgehog elu --limit 4")
+    convert_llama.main(config)
+    rows = {row["attention"]: row for row in json.loads(out.read_text())}
+    assert list(rows) == ["zero-shot", "softmax", "hedgehog", "elu"]
+    for name, row in rows.items():
+        assert all(0 <= row[key] <= 100 for key in ("rouge1", "rouge2", "rougeL")) and row["text_ppl"] > 1
+        assert row["tokens_per_second"].keys() == {"8", "16"} and len(row["samples"]) == 3
+        assert (row["trained_on"], row["train_rows"], row["test_rows"]) == ("val", 4, 4)
+        assert {"command", "commit", "device", "torch", "model", "lora_lr"} <= row.keys()
+        assert ("kl" in row) == (name == "hedgehog") and ("lora_seconds" in row) == (name != "zero-shot")
+    printed = capsys.readouterr().out
+    assert "trained on 4 dialogues of SAMSum's val split, tested on 4 of test" in printed
+    assert "hedgehog + LoRA" in printed and "a person     Bob is there." in printed
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch, capsys):
+    out, real, made = tmp_path / "rows.json", convert_llama.measure_row, []
+    flags = "--attentions softmax elu --limit 2 --generate-lengths 0"
+
+    def measure(name, *args):
+        if name == "elu" and len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(convert_llama, "measure_row", measure)
+    with pytest.raises(KeyboardInterrupt):
+        convert_llama.main(parse(folder, out, flags))
+    monkeypatch.setattr(convert_llama, "measure_row", lambda name, *args: (made.append(name), real(name, *args))[1])
+    convert_llama.main(parse(folder, out, flags))
+    convert_llama.main(parse(folder, out, flags))
+    assert made == ["zero-shot", "softmax", "elu"]
+    with pytest.raises(ValueError, match="holds rows made with another lora_lr, rank: choose another --out"):
+        convert_llama.main(parse(folder, out, flags + " --lora-lr 1 --rank 3"))
+
+
+def test_a_length_that_does_not_fit_costs_no_row(monkeypatch):
+    model = tiny(dtype=torch.float32)
+    config = LlamaConfig(speed_batch=2)
+    tokens, gib = convert_llama.speed(model, 8, config, CPU)
+    assert tokens > 0 and gib is None
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "generate", full)
+    assert convert_llama.speed(model, 8, config, CPU) == (None, None)
+
+
+def test_a_second_text_may_be_read_while_distilling(folder, tmp_path):
+    config = parse(folder, tmp_path / "rows.json", f"--distill-text {folder / 'text.txt'} --max-length 90")
+    data, _ = convert_llama.prepare(config, make_tokenizer())
+    assert len(data["distill"]) > len(data["train"]) == 7
+    assert [t for x in data["distill"][7:] for t in x["ids"]] == data["text"]
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--model {tmp}/gpt2", "GPT2LMHeadModel is not of the Llama architecture; supported is"),
+    ("--model {tmp}/nothing.gguf", "no Llama with a tokenizer at .*nothing.gguf"),
+    ("--model {tmp}", "give a folder with config.json, a .gguf file or a name on the hub"),
+    ("--data {tmp}/nowhere", "nowhere has to hold SAMSum's test split"),
+    ("--max-length 0", "--max-length must be at least 1"),
+    ("--distill-lr 1e30 --attentions hedgehog_exp --distill-epochs 9", "the loss is .*: lower the learning rate"),
+])
+def test_bad_input_is_told_in_a_sentence(flags, sentence, folder, tmp_path):
+    if "gpt2" in flags:
+        config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=330)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+        make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=sentence):
+        convert_llama.main(parse(folder, tmp_path / "rows.json", flags.format(tmp=tmp_path)))
+
+
+def test_a_missing_package_names_the_requirements_file():
+    code = ("import sys, runpy; sys.modules['peft'] = None; sys.argv = ['x']; "
+            f"runpy.run_path({str(ROOT / 'experiments' / 'convert_llama.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "peft" in done.stderr
+    assert done.stderr.strip().endswith("pip install -r requirements-experiments.txt")
