@@ -200,7 +200,7 @@ def pick_device(name, dtype):
 def load_data(folder, block_size):
     """{"meta": dict, "train": uint16 tokens, "valid": ..., and "test" if it is there}, memory-mapped and checked."""
     folder = Path(folder)
-    remedy = f"make it with: python data/prepare.py FILE... --out {folder}"
+    remedy = f"make it with: python data/prepare.py {'pydoc' if folder.name == 'pydoc' else 'FILE...'} --out {folder}"
     if not (folder / "meta.json").exists():
         raise ValueError(f"no prepared text in {folder} (meta.json is missing): {remedy}")
     try:
