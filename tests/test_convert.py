@@ -34,8 +34,8 @@ from sample import sample
 from train_gpt import TrainConfig, add_lora, cli, load_checkpoint, load_model, merge_lora, parse_config, train
 
 MODEL = "--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --device cpu".split()
-SMALL = ("--sample-tokens 2 --steps 4 --distill-steps 6 --batch-size 4 --distill-batch-size 4 --eval-every 3 --segment-size 16 "
-         "--chunk-size 8 --device cpu").split()
+SMALL = ("--sample-tokens 2 --steps 4 --distill-steps 6 --batch-size 4 --distill-batch-size 4 --eval-every 3 "
+         "--segment-size 16 --chunk-size 8 --device cpu").split()
 CPU = torch.device("cpu")
 
 

@@ -1,4 +1,4 @@
-"""The fused kernels against float64, in Triton's interpreter (see conftest.py). On a GPU: experiments/check_triton.py."""
+"""The fused kernels against float64, in Triton's interpreter (conftest.py). On a GPU: experiments/check_triton.py."""
 
 import importlib.util
 import sys
