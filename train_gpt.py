@@ -54,6 +54,14 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def check_least(config, **least):
+    """ValueError that names the flag of a field, or of any value of a tuple, that is below its least value, or NaN."""
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if not all(v >= smallest for v in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{flag(name)} must be at least {smallest}, got {value}")
+
+
 def opt(default, help, choices=None):
     """A field that is also a flag: its default, its help and its choices on one line."""
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
@@ -106,11 +114,8 @@ class TrainConfig:
     sample_tokens: int = opt(200, "length of that sample")
 
     def __post_init__(self):
-        least = dict(steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, final_lr=0,
-                     weight_decay=0, seed=0, lora_rank=0, sample_tokens=0)
-        for name, smallest in least.items():
-            if not getattr(self, name) >= smallest:
-                raise ValueError(f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}")
+        check_least(self, steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, final_lr=0,
+                    weight_decay=0, seed=0, lora_rank=0, sample_tokens=0)
         if self.seed >= 2 ** 31 or not 0 <= self.beta2 < 1 or not self.clip > 0:
             raise ValueError("--seed must be below 2^31, --beta2 in [0, 1) and --clip above 0 (inf: no clipping), got "
                              f"{self.seed}, {self.beta2} and {self.clip}")
@@ -156,7 +161,7 @@ def parse_config(config_class, presets=None, argv=None, saved_config=saved_confi
         parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("out", "resume")})
         config = parser.parse_args(argv)
         refuse_changes(saved, config, may_change)
-    return config_class(**vars(config))
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(config).items()})
 
 
 def refuse_changes(saved, config, may_change):
@@ -352,7 +357,7 @@ def over_processes(values, device, world):
 
 def make_optimizer(model, config, device):
     """AdamW. Matrices decay, vectors do not, and the feature maps are groups of their own for their learning rate."""
-    groups, map_decay = {}, getattr(config, "map_decay", True)  # the configs of experiments/ are shorter
+    groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -360,7 +365,7 @@ def make_optimizer(model, config, device):
         groups.setdefault((is_map, is_matrix), []).append(p)
     return torch.optim.AdamW(
         [dict(params=params, lr_scale=config.map_lr_scale if is_map else 1.0,
-              weight_decay=config.weight_decay if is_matrix and (map_decay or not is_map) else 0.0)
+              weight_decay=config.weight_decay if is_matrix and (config.map_decay or not is_map) else 0.0)
          for (is_map, is_matrix), params in groups.items()],
         lr=config.lr, betas=(0.9, config.beta2), fused=device.type == "cuda")
 
@@ -369,8 +374,7 @@ def learning_rate(step, config):
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    lowest = getattr(config, "final_lr", 0.1)
-    return config.lr * (lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def write_atomically(path, write):
@@ -593,12 +597,13 @@ def train(config, model=None):
         f"{count['train']:,} training and {count['valid']:,} validation {unit}s, run folder {out}")
 
     def save(*names):
-        if rank == 0:
-            write_atomically(out / names[0], lambda f: torch.save(dict(
-                model=raw.state_dict(), optimizer=optimizer.state_dict(), state=state, config=asdict(config),
-                model_config=asdict(raw.config), meta=data["meta"]), f))
-        if rank == 0 and names[1:]:
-            second_name(out / names[0], out / names[1])
+        if rank > 0:
+            return
+        write_atomically(out / names[0], lambda f: torch.save(dict(
+            model=raw.state_dict(), optimizer=optimizer.state_dict(), state=state, config=asdict(config),
+            model_config=asdict(raw.config), meta=data["meta"]), f))
+        for name in names[1:]:
+            second_name(out / names[0], out / name)
 
     log, about = Log(out / "log.csv", state["step"]) if rank == 0 else None, provenance(device)
     state.setdefault("commands", []).append(about["command"])
@@ -637,7 +642,7 @@ def train(config, model=None):
                 raise SystemExit(130)
     summary = None
     if rank == 0:
-        summary = finish(config, raw, data, out, device, autocast, micro, state, rate())
+        summary = finish(config, raw, data, out, device, autocast, micro, state, rate(), about)
         text = tokenizer.decode_bytes(raw.generate(prompt.to(device), config.sample_tokens, 0.8, top_k=50)[0].tolist())
         say(f"best after step {summary['best_step']}: valid {summary['valid_nats']:.4f} nats, perplexity "
             f"{summary['valid_ppl']:.2f} per {unit}, {rate():,.0f} {unit}s/s, {state['seconds']:.0f} s of training\n"
@@ -695,7 +700,7 @@ def move_aside(out, say):
     say(f"{out} held an earlier run: it is now {aside}")
 
 
-def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second):
+def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second, about):
     """Evaluate the best checkpoint, also on the test split if there is one, and write summary.json."""
     best = load_checkpoint(out / "best.pt")
     model.load_state_dict(best["model"])
@@ -706,8 +711,8 @@ def finish(config, model, data, out, device, autocast, micro, state, tokens_per_
                    best_step=best["state"]["step"], unit=meta["unit"])
     summary |= evaluate_splits(model, data, config.block_size, micro, device, autocast)
     summary |= dict(tokens_per_second=tokens_per_second, mfu=utilisation(model, tokens_per_second, device),
-                    train_seconds=state["seconds"], peak_gib=state["peak_gib"], **provenance(device))
-    summary |= dict(command=state["commands"][0], resumed=len(state["commands"]) - 1)
+                    train_seconds=state["seconds"], peak_gib=state["peak_gib"])
+    summary |= dict(about, command=state["commands"][0], resumed=len(state["commands"]) - 1)
     save_json(out / "summary.json", summary)
     return summary
 

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed
 import plot  # noqa: E402
 from hedgehog import GPT, GPTConfig  # noqa: E402
 from train_gpt import (  # noqa: E402
-    cli, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance, save_json)
+    TrainConfig, cli, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance, save_json)
 
 KINDS = ("softmax", "hedgehog", "hedgehog_exp", "taylor", "t2r", "elu", "relu", "performer", "cosformer")
 VARIANTS = {kind: dict(attention=kind) for kind in KINDS}
@@ -104,11 +104,13 @@ def run(job, config):
                           tie_head=False, **VARIANTS[name])).to(device)
     for embedding in (model.transformer.wte, model.transformer.wpe):
         torch.nn.init.normal_(embedding.weight, std=config.embedding_std)
-    optimizer, start, loss = make_optimizer(model, config, device), time.perf_counter(), torch.tensor(torch.nan)
+    schedule = TrainConfig(lr=config.lr, steps=config.steps, warmup=config.warmup, map_lr_scale=config.map_lr_scale,
+                           weight_decay=config.weight_decay, beta2=config.beta2)
+    optimizer, start, loss = make_optimizer(model, schedule, device), time.perf_counter(), torch.tensor(torch.nan)
     bar = trange(config.steps, desc=f"{name}, seed {seed}", disable=True if config.workers > 1 else None)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config) * group["lr_scale"]
+            group["lr"] = learning_rate(step, schedule) * group["lr_scale"]
         x, y = make_rows(config.batch_size, *task)
         loss = F.cross_entropy(model(x)[0][:, -1], y)
         loss.backward()

@@ -256,7 +256,7 @@ def measure_decoding(batch, args, common):
     for form, attention in (("hedgehog decode", "hedgehog"), ("softmax decode (kv cache)", "softmax")):
         torch.manual_seed(0)
         pasts = [p for p in args.decode if batch * p <= 2**21]  # more is left out: the prompts alone fill a GPU
-        block_size = max(10240, max(pasts) + args.decode_tokens + args.warmup)
+        block_size = max(10240, max(pasts, default=0) + args.decode_tokens + args.warmup)
         model = GPT(GPTConfig(block_size, vocab_size=256, n_layer=2, n_head=args.heads, n_embd=args.heads * args.dim,
                               attention=attention)).to(args.device, getattr(torch, args.dtype)).eval()
         for p in pasts:

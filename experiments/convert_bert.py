@@ -38,7 +38,8 @@ from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
 from data import glue  # noqa: E402
 from hedgehog import FEATURE_MAPS, FeatureMap, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
-    TrainConfig, cli, flag, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance, save_json)
+    TrainConfig, check_least, cli, flag, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance,
+    save_json)
 
 try:
     import transformers
@@ -85,11 +86,8 @@ class BertConfig:
     out: str = opt("experiments/results/bert.json", "the rows; the same command again goes on with what they lack")
 
     def __post_init__(self):
-        for name, least in dict(seeds=0, limit=0, max_length=8, batch_size=1, teacher_epochs=0, distill_epochs=0,
-                                epochs=0, patience=1, workers=1).items():
-            if np.min(getattr(self, name)) < least:
-                raise ValueError(f"{flag(name)} must be at least {least}")
-
+        check_least(self, seeds=0, limit=0, max_length=8, batch_size=1, teacher_epochs=0, distill_epochs=0, epochs=0,
+                    patience=1, workers=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of
 from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
 from hedgehog import FeatureMap, divide, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
-    cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance, reset_peak, save_json)
+    TrainConfig, check_least, cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance,
+    reset_peak, save_json)
 
 try:
     import peft
@@ -85,9 +85,7 @@ class LlamaConfig:
     speed_batch: int = opt(8, "sequences of that measurement")
 
     def __post_init__(self):
-        for name in ("max_length", "max_new_tokens", "rank", "batch_size", "generate_batch", "speed_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_least(self, max_length=1, max_new_tokens=1, rank=1, batch_size=1, generate_batch=1, speed_batch=1)
 
 
 MACHINE = {"attentions", "out", "device", "generate_batch", "gradient_checkpointing"}  # rows may differ in these
@@ -259,7 +257,7 @@ def fit(groups, examples, epochs, config, label, step_loss):
     """AdamW on `groups`, [(parameters, learning rate)], each clipped on its own. step_loss(batch of examples) -> loss,
     which goes backward unless it has done so. Returns seconds."""
     steps = round(epochs * math.ceil(len(examples) / config.batch_size))
-    schedule = SimpleNamespace(lr=1.0, steps=steps, warmup=round(0.05 * steps))
+    schedule = TrainConfig(lr=1.0, steps=steps, warmup=round(0.05 * steps))
     optimizer = torch.optim.AdamW([dict(params=params, lr=lr, peak=lr) for params, lr in groups], weight_decay=0.0)
     generator, order, began = torch.Generator().manual_seed(config.seed), [], time.perf_counter()
     bar = tqdm(range(steps), desc=label, unit="step", disable=None)
