@@ -245,15 +245,17 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
         kp, km = kp.to(dtype), km.to(dtype)
         A = tl.dot(qp, tl.trans(kp), input_precision=PREC)
         A = tl.dot(qm, tl.trans(km), A, input_precision=PREC)
-        A = tl.where(causal, A, 0.0).to(dtype)
+        A = tl.where(causal, A, 0.0)
+        exact = d + tl.sum(A, axis=1)  # for the backward pass, which rounds weights that are already divided
+        exact = tl.where(exact < eps, float("inf"), exact)  # such a row attends to nothing: zero, with zero gradient
+        A = A.to(dtype)
         d += tl.sum(A.to(tl.float32), axis=1)  # of the rounded weights, so that they sum to one
-        d = tl.where(d < eps, float("inf"), d)  # such a row attends to nothing: zero, with zero gradient
         y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
         y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
         y = tl.dot(A, x, y, input_precision=PREC)
-        store_tile(o, start, rows, ot, vcols, n, y * (1.0 / d)[:, None])
+        store_tile(o, start, rows, ot, vcols, n, y * tl.where(exact < float("inf"), 1.0 / d, 0.0)[:, None])
         if block == 0:
-            tl.store(den + bh * T + start + rows, d, mask=rows < n)
+            tl.store(den + bh * T + start + rows, exact, mask=rows < n)
         Sp = tl.dot(tl.trans(kp), x, Sp, input_precision=PREC)
         Sm = tl.dot(tl.trans(km), x, Sm, input_precision=PREC)
     if STORE_S1:
