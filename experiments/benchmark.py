@@ -440,7 +440,8 @@ def main(argv=None):
         """Keep what is measured, at once; it takes the place of older rows of the same length and pass."""
         measured = {(r["T"], r["pass"]) for r in (*rows, *new)}
         rows.extend(new)
-        save_json(args.out, [r for r in before if (r["T"], r["pass"]) not in measured] + rows)
+        kept = [r for r in before if (r["T"], r["pass"]) not in measured]
+        save_json(args.out, sorted(kept + rows, key=lambda r: ("forward" not in r["pass"], r["T"])))
 
     before = json.loads(args.out.read_text()) if args.out.exists() else []
     args.out.parent.mkdir(parents=True, exist_ok=True)
