@@ -212,6 +212,8 @@ def measure(T, args, common):
     """The rows of all forms at one T."""
     torch.manual_seed(0)
     device, dtype, B, H, D = args.device, getattr(torch, args.dtype), max(1, args.tokens // T), args.heads, args.dim
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # tf32 where plain PyTorch stays float32, as in training
     layer = LinearAttention(H, D).to(device)
     forms, weights, rows = make_forms(layer, device, T in args.peers), list(layer.parameters()), []
     check(forms, layer, B, H, T, D, dtype, device)
