@@ -122,13 +122,26 @@ def benchmark(path):
 
 def associative_recall(path):
     rows = json.loads(path.read_text())
-    means = {row["attention"]: 100 * row["accuracy"] for row in rows if row["seed"] == "mean"}
-    fig, [[ax]] = figure(height=0.9 + 0.36 * len(means))
-    bars(ax, list(means), list(means.values()), "accuracy, % (mean; dots: seeds)", "{:.1f}")
-    seeds = [(100 * row["accuracy"], row["attention"]) for row in rows if row["seed"] != "mean"]
-    ax.plot(*zip(*seeds), "o", color=GREY, markersize=5, markerfacecolor="none")
-    solved = [name for name, accuracy in means.items() if accuracy >= 99]
-    save(fig, path.with_suffix(".png"), f"Associative recall is solved by {', '.join(solved) or 'none of them'}")
+    names = list(dict.fromkeys(row["attention"].removesuffix(", converted") for row in rows))
+    fig, [[ax]] = figure(height=1.2 + 0.45 * len(names))
+    solved = []
+    for start, suffix, offset, alpha in (("from scratch", "", -0.2, 0.5), ("from softmax", ", converted", 0.2, 1)):
+        percent = {(row["attention"], row["seed"]): 100 * row["accuracy"] for row in rows}
+        mean = {name: percent[name + suffix, "mean"] for name in names if (name + suffix, "mean") in percent}
+        at = {name: names.index(name) + offset for name in mean}
+        drawn = ax.barh(list(at.values()), list(mean.values()), 0.38, color=[color(name) for name in mean], alpha=alpha)
+        ax.bar_label(drawn, [f"{value:.0f} {start}" for value in mean.values()], padding=4, color=GREY, fontsize=10)
+        dots = [(value, at[name.removesuffix(", converted")]) for (name, seed), value in percent.items()
+                if seed != "mean" and name.endswith(", converted") == bool(suffix)]
+        if mean:
+            ax.plot(*zip(*dots), "o", color=GREY, markersize=4, markerfacecolor="none")
+            solved.append(f"{start}: {', '.join(name for name in mean if mean[name] >= 99) or 'none'}")
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.margins(x=0.22)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("accuracy, % (mean; dots: seeds)")
+    save(fig, path.with_suffix(".png"), f"Associative recall, solved {'; '.join(solved)}")
 
 
 def properties(path):

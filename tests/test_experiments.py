@@ -58,22 +58,43 @@ def test_the_asked_key_has_occurred_and_the_answer_is_its_value():
 
 
 def test_recall_is_learned_where_it_is_easy_and_the_rows_say_so(tmp_path, capsys):
-    flags = ("--length 4 --vocabulary 6 --steps 150 --lr 1e-2 --n-embd 32 --seeds 2 --test-rows 200 "
-             f"--attention softmax --device cpu --out {tmp_path / 'rows.json'}")
+    flags = ("--length 6 --vocabulary 8 --steps 800 --lr 5e-3 --n-embd 32 --seeds 2 --test-rows 500 "
+             f"--attention softmax --device cpu --out {tmp_path / 'rows.json'} --teachers {tmp_path}")
     associative_recall.main(parse_config(associative_recall.RecallConfig, argv=flags.split()))
     rows = {row["seed"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert rows.keys() == {0, 1, "mean"} and {row["attention"] for row in rows.values()} == {"softmax"}
     a, b, mean = (rows[seed]["accuracy"] for seed in (0, 1, "mean"))
-    assert mean == pytest.approx((a + b) / 2) and mean > 0.9
+    assert mean == pytest.approx((a + b) / 2) and a > 0.95 and rows[0]["guess"] < 0.9
     assert {"command", "commit", "device", "torch", "length", "lr"} <= rows[0].keys()
 
 
 @pytest.mark.parametrize("name", [name for name in associative_recall.VARIANTS if name != "softmax"])
 def test_every_attention_takes_part(name, tmp_path):
     flags = "--length 6 --vocabulary 6 --steps 2 --seeds 1 --test-rows 50 --n-embd 16 --device cpu"
-    flags = [*flags.split(), "--attention", name, "--out", str(tmp_path / "rows.json")]
+    flags = [*flags.split(), "--attention", name, "--out", str(tmp_path / "rows.json"), "--teachers", str(tmp_path),
+             "--distill-steps", "2", "--finetune-steps", "2"]
     associative_recall.main(parse_config(associative_recall.RecallConfig, argv=flags))
     assert 0 <= json.loads((tmp_path / "rows.json").read_text())[0]["accuracy"] <= 1
+
+
+def test_a_softmax_model_that_can_look_up_is_converted(tmp_path, monkeypatch):
+    flags = ("--length 6 --vocabulary 8 --steps 800 --lr 5e-3 --n-embd 32 --seeds 1 --test-rows 500 --device cpu "
+             f"--distill-steps 100 --finetune-steps 10 --out {tmp_path / 'rows.json'} --teachers {tmp_path / 'kept'}")
+
+    def rows_of(extra):
+        associative_recall.main(parse_config(associative_recall.RecallConfig, argv=[*flags.split(), *extra.split()]))
+        return {row["attention"]: row for row in json.loads((tmp_path / "rows.json").read_text()) if row["seed"] == 0}
+
+    row = rows_of("--attention hedgehog --start softmax")["hedgehog, converted"]          # trains its teacher
+    assert row["distilled"] > 0.95 and row["accuracy"] > 0.95 and max(row["swapped"], row["guess"]) < 0.9
+    run, trained = associative_recall.run, []
+    monkeypatch.setattr(associative_recall, "run", lambda job, config: trained.append(job) or run(job, config))
+    kept = rows_of("--attention elu --start softmax")
+    assert kept.keys() == {"hedgehog, converted", "elu, converted"} and "distilled" not in kept["elu, converted"]
+    assert trained == [("softmax", "elu", 0)]                                             # a kept teacher serves again
+    trained.clear()
+    assert rows_of("--attention elu --start softmax --beta2 0.95").keys() == {"elu, converted"}
+    assert trained == [("softmax", "elu", 0), ("scratch", "softmax", 0)]                  # not one of other settings
 
 
 def test_an_odd_length_is_refused():
@@ -222,10 +243,12 @@ def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(plot, "save", lambda fig, path, title: (titles.append(title), plot.plt.close(fig)))
     for accuracy in (1.0, 0.5):
-        rows = [dict(attention="elu", seed=seed, accuracy=accuracy) for seed in (0, "mean")]
+        rows = [dict(attention=name, seed=seed, accuracy=value) for seed in (0, "mean")
+                for name, value in (("softmax", 1.0), ("elu", 0.2), ("elu, converted", accuracy))]
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         plot.associative_recall(tmp_path / "rows.json")
-    assert "solved by elu" in titles[0] and "none" in titles[1]
+    assert titles == [f"Associative recall, solved from scratch: softmax; from softmax: {name}"
+                      for name in ("elu", "none")]
 
 
 @needs_matplotlib
