@@ -1,18 +1,19 @@
 """Associative recall: which attention can look up what it has read? The paper's smallest test of spiky attention.
 
-    python experiments/associative_recall.py --attention hedgehog             three seeds of one
-    python experiments/associative_recall.py --device cuda --workers 8        the whole table
+    python experiments/associative_recall.py --attention hedgehog --workers 2     one, three seeds
+    python experiments/associative_recall.py --device cuda --workers 12           the whole table
 
 A row lists key value key value ... => key, and the model must name that key's value. Every row draws its own map from
 keys to values, so nothing can be learned by heart but the looking up: find where the key stood, and copy what stood
 behind it. A model that cannot may still name some value of the row, which is right in `guess` of the rows.
 
-Two questions: does an attention learn it from scratch, and can it do what softmax has learned? For the second a trained
-softmax model is converted, as convert_gpt2.py does it: attention swapped, maps distilled, everything finetuned.
+Two questions. Does an attention learn it from scratch (`accuracy`)? And can it do what softmax has learned? For this a
+trained softmax model of the same seed is converted: its attention swapped (`swapped`), the maps distilled, where there
+are any (`distilled`), then everything finetuned (`converted`). So one attention alone trains softmax first, too.
 """
 
-import itertools
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed package
@@ -32,19 +33,18 @@ import plot  # noqa: E402
 from convert_gpt2 import imitate, maps_of  # noqa: E402
 from hedgehog import GPT, GPTConfig  # noqa: E402
 from train_gpt import (  # noqa: E402
-    TrainConfig, cli, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance, save_json,
-    write_atomically)
+    TrainConfig, cli, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance, save_json)
 
 KINDS = ("softmax", "hedgehog", "hedgehog_exp", "taylor", "t2r", "elu", "relu", "performer", "cosformer")
 VARIANTS = {kind: dict(attention=kind) for kind in KINDS}
 VARIANTS |= {f"exp t={t}": dict(attention="exp", temperature=float(t)) for t in (1, 2)}
 PAPER = {"softmax": 100, "hedgehog": 100, "taylor": 100, "elu": 17.0, "performer": 17.0, "cosformer": 17.0}  # percent
+RESULTS = ("guess", "accuracy", "swapped", "distilled", "converted")
 
 
 @dataclass
 class RecallConfig:
     attention: str = opt("all", "which one", ("all", *VARIANTS))
-    start: str = opt("both", "from scratch, or converted from a trained softmax model", ("both", "scratch", "softmax"))
     seeds: int = opt(3, "runs of each: seeds 0, 1, ...")
     # the task
     vocabulary: int = opt(40, "tokens, the first half keys, the others values; => is one more")
@@ -60,15 +60,11 @@ class RecallConfig:
     lr: float = opt(1e-3, "peak learning rate")
     map_lr_scale: float = opt(1.0, "learning rate of the feature maps, times --lr")
     warmup: int = opt(100, "steps of linear warm-up; a cosine to a tenth of --lr follows")
-    weight_decay: float = opt(0.1, "on matrices only")
-    beta2: float = opt(0.99, "AdamW's second moment")
-    clip: float = opt(1.0, "largest norm of the gradient")
     # conversion
     distill_steps: int = opt(300, "steps in which the maps learn softmax's weights, all else frozen")
     distill_lr: float = opt(1e-2, "their learning rate, which falls to a tenth; no weight decay")
-    finetune_steps: int = opt(500, "steps of everything, after that")
+    finetune_steps: int = opt(500, "steps of everything, after that; a twentieth is warm-up")
     finetune_lr: float = opt(3e-4, "their peak learning rate")
-    teachers: str = opt("runs/associative_recall", "trained softmax models are kept here")
     # machine
     device: str = opt("cpu", "where to run; the steps are so small that a GPU is idle most of the time",
                       ("auto", "cuda", "mps", "cpu"))
@@ -79,6 +75,8 @@ class RecallConfig:
         if self.length < 4 or self.length % 2 or self.vocabulary < 4 or self.vocabulary % 2:
             raise ValueError("--length and --vocabulary must be even and at least 4, got "
                              f"{self.length} and {self.vocabulary}")
+        if min(self.seeds, self.steps, self.workers, self.distill_steps, self.finetune_steps) < 1:
+            raise ValueError("--seeds, --steps, --workers, --distill-steps and --finetune-steps must be at least 1")
 
 
 def make_rows(n, length, vocabulary, generator=None):
@@ -102,116 +100,112 @@ def accuracy(model, x, y):
     return (model(x)[0][:, -1].argmax(dim=-1) == y).float().mean().item()
 
 
-def settings(config, *without):
-    """What the numbers depend on."""
-    machine = ("attention", "start", "seeds", "device", "workers", "out", "teachers")
-    return {k: v for k, v in asdict(config).items() if k not in machine and not k.startswith(without or "-")}
-
-
-def new_model(name, seed, config, device):
-    torch.manual_seed(seed)
-    # An output matrix of its own, so that the embeddings can begin larger than GPT-2's, and logits do not.
-    model = GPT(GPTConfig(config.length, config.vocabulary + 1, config.n_layer, config.n_head, config.n_embd,
-                          tie_head=False, **VARIANTS[name])).to(device)
-    for embedding in (model.transformer.wte, model.transformer.wpe):
-        torch.nn.init.normal_(embedding.weight, std=config.embedding_std)
-    return model
-
-
-def train(model, schedule, config, draw, say, backward):
-    """`backward(model, x, y)` leaves the gradients and returns the loss, the last of which is returned."""
-    optimizer, loss = make_optimizer(model, schedule, next(model.parameters()).device), torch.tensor(torch.nan)
-    bar = trange(schedule.steps, desc=say, disable=True if config.workers > 1 else None)
-    for step in bar:
+def train(model, schedule, draw, batch_size, backward):
+    """`backward(x, y)` leaves the gradients and returns the loss, the last of which is returned."""
+    optimizer = make_optimizer(model, schedule, next(model.parameters()).device)
+    for step in range(schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule) * group["lr_scale"]
-        loss = backward(model, *draw(config.batch_size))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        loss = backward(*draw(batch_size))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
     return loss.item()
 
 
-def answer(model, x, y):
-    loss = F.cross_entropy(model(x)[0][:, -1], y)
-    loss.backward()
-    return loss
-
-
-def imitation(model, x, y):
-    return imitate(model, x, nullcontext(), learn=True)[:, 0].mean()
-
-
-def teacher(seed, config, device):
-    """The weights of the softmax model of this seed: kept, or trained now."""
-    path, expected = Path(config.teachers) / f"softmax-{seed}.pt", settings(config, "distill", "finetune", "map_lr")
-    kept = torch.load(path, map_location=device) if path.exists() else {}
-    if kept.get("settings") != expected:
-        run(("scratch", "softmax", seed), config)
-        kept = torch.load(path, map_location=device)
-    return kept["model"]
-
-
 def run(job, config):
-    """Train one model on the last token of fresh rows, or convert one, and test it on others. -> its row."""
-    start, name, seed = job
-    device, _, _ = pick_device(config.device, "float32")
+    """Train a model from scratch, and convert the softmax model whose weights are given. -> its row, its weights."""
+    (name, seed, softmax), device = job, pick_device(config.device, "float32")[0]
     if config.workers > 1:
         torch.set_num_threads(max(1, os.cpu_count() // config.workers))
-    weights = teacher(seed, config, device) if start == "softmax" else {}
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, began = torch.Generator(device).manual_seed(seed), time.perf_counter()
     draw = partial(make_rows, length=config.length, vocabulary=config.vocabulary, generator=generator)
-    test, began, label = draw(config.test_rows), time.perf_counter(), f"{name}, seed {seed}"
-    model, row = new_model(name, seed, config, device), dict(attention=name, seed=seed, guess=guess(*test))
-    schedule = TrainConfig(lr=config.lr, steps=config.steps, warmup=config.warmup, map_lr_scale=config.map_lr_scale,
-                           weight_decay=config.weight_decay, beta2=config.beta2)
-    if weights:
-        model.load_state_dict(weights, strict=False)                                      # all but the maps
-        row |= dict(attention=f"{name}, converted", swapped=accuracy(model, *test))
-        if maps_of(model):
+    test = draw(config.test_rows)
+    row = dict(attention=name, seed=seed, guess=guess(*test))
+
+    def new_model():
+        torch.manual_seed(seed)
+        # An output matrix of its own, so that the embeddings can begin larger than GPT-2's, and logits do not.
+        model = GPT(GPTConfig(config.length, config.vocabulary + 1, config.n_layer, config.n_head, config.n_embd,
+                              tie_head=False, **VARIANTS[name])).to(device)
+        for embedding in (model.transformer.wte, model.transformer.wpe):
+            torch.nn.init.normal_(embedding.weight, std=config.embedding_std)
+        return model
+
+    def answer(x, y):  # of `model`, which is looked up at the call
+        loss = F.cross_entropy(model(x)[0][:, -1], y)
+        loss.backward()
+        return loss
+
+    def imitation(x, y):
+        cross_entropy, entropy = imitate(model, x, nullcontext(), learn=True).mean(dim=0)
+        return cross_entropy - entropy
+
+    schedule = TrainConfig(lr=config.lr, steps=config.steps, warmup=config.warmup, weight_decay=0.1, beta2=0.99)
+    model = new_model()
+    row["loss"] = train(model, replace(schedule, map_lr_scale=config.map_lr_scale), draw, config.batch_size, answer)
+    row["accuracy"], weights = accuracy(model, *test), {k: v.cpu() for k, v in model.state_dict().items()}
+    if softmax:
+        model = new_model()
+        new, left = model.load_state_dict(softmax, strict=False)
+        assert not left and all(".map_" in key for key in new)
+        row["swapped"], maps = accuracy(model, *test), maps_of(model)
+        if maps:
             model.requires_grad_(False)
-            for p in maps_of(model).values():
+            for p in maps.values():
                 p.requires_grad_(True)
             distill = replace(schedule, lr=config.distill_lr, steps=config.distill_steps, warmup=0, weight_decay=0.0)
-            row["imitation_loss"] = train(model, distill, config, draw, f"{label}, distilling", imitation)
+            row["kl"] = train(model, distill, draw, config.batch_size, imitation)         # nats, mean of the layers
             row["distilled"] = accuracy(model, *test)
             model.requires_grad_(True)
-        schedule = replace(schedule, lr=config.finetune_lr, steps=config.finetune_steps)
-    row["loss"] = train(model, schedule, config, draw, label, answer)
-    if name == "softmax":
-        kept = dict(model=model.state_dict(), settings=settings(config, "distill", "finetune", "map_lr"))
-        path = Path(config.teachers) / f"softmax-{seed}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda f: torch.save(kept, f))
-    return row | dict(accuracy=accuracy(model, *test), seconds=time.perf_counter() - began)
+        finetune = replace(schedule, lr=config.finetune_lr, steps=config.finetune_steps,
+                           warmup=config.finetune_steps // 20)
+        train(model, finetune, draw, config.batch_size, answer)
+        row["converted"] = accuracy(model, *test)
+    return row | dict(seconds=time.perf_counter() - began), weights
+
+
+def with_means(rows):
+    """The rows and one more an attention, with `seed` = "mean"; in the order of VARIANTS."""
+    out = []
+    for name in VARIANTS:
+        mine = sorted((row for row in rows if row["attention"] == name), key=lambda row: row["seed"])
+        means = {key: sum(row[key] for row in mine) / len(mine) for key in RESULTS if mine and key in mine[0]}
+        out += [*mine, mine[0] | means | dict(seed="mean", loss=None, kl=None, seconds=None)] if mine else []
+    return out
 
 
 def main(config):
-    names = list(VARIANTS) if config.attention == "all" else [config.attention]
-    starts = ("scratch", "softmax") if config.start == "both" else (config.start,)
-    jobs = [job for job in itertools.product(starts, names, range(config.seeds)) if job[:2] != ("softmax", "softmax")]
-    out, about = Path(config.out), settings(config) | provenance(pick_device(config.device, "float32")[0])
-    again = {name if start == "scratch" else f"{name}, converted" for start, name, _ in jobs}
+    machine = ("attention", "seeds", "device", "workers", "out")
+    setting = {key: value for key, value in asdict(config).items() if key not in machine}
+    out, about = Path(config.out), setting | provenance(pick_device(config.device, "float32")[0])
     rows = json.loads(out.read_text()) if out.exists() else []
-    rows = [row for row in rows if row["attention"] not in again and settings(config).items() <= row.items()]
+    rows = [row for row in rows if row["seed"] != "mean" and setting.items() <= row.items()]
+    done = {(row["attention"], row["seed"]) for row in rows}                              # by a run that was stopped
+    names = list(VARIANTS) if config.attention == "all" else [config.attention]
+    wanted = [(name, seed) for name in names for seed in range(config.seeds) if (name, seed) not in done]
+    teachers = sorted({seed for name, seed in wanted})
     out.parent.mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(config.workers, maxtasksperchild=1) if config.workers > 1 else nullcontext() as pool:
-        results = partial(pool.imap, chunksize=1) if pool else map
-        for row in tqdm(results(partial(run, config=config), jobs), total=len(jobs), unit="run",
-                        disable=None if pool else True):
-            mine = [r for r in rows if r["attention"] == row["attention"] and r["seed"] != "mean"] + [row]
-            mean = dict(attention=row["attention"], seed="mean", accuracy=sum(r["accuracy"] for r in mine) / len(mine))
-            rows = [r for r in rows if (r["attention"], r["seed"]) != (row["attention"], "mean")]
-            rows += [dict(r, **about) for r in (row, mean)]
-            save_json(out, rows)                                                          # a stopped run keeps its rows
-            tqdm.write(f"{row['attention']:23} seed {row['seed']}: {100 * row['accuracy']:5.1f} % "
-                       f"(guessing: {100 * row['guess']:.1f} %), {row['seconds']:.0f} s")
-    print("\n".join(f"{row['attention']:23} {100 * row['accuracy']:5.1f} %   paper "
-                    f"{PAPER.get(row['attention'].removesuffix(', converted'), '-')}"
-                    for row in rows if row["seed"] == "mean"))
+    context = multiprocessing.get_context("spawn").Pool(config.workers) if config.workers > 1 else nullcontext()
+    with context as pool, tqdm(total=len(teachers) + sum(name != "softmax" for name, _ in wanted), unit="run",
+                               disable=None) as bar:
+        def results(jobs):
+            for row, weights in (pool.imap_unordered if pool else map)(partial(run, config=config), jobs):
+                if (row["attention"], row["seed"]) in wanted:
+                    rows.append(row | about)
+                    save_json(out, with_means(rows))
+                tqdm.write(f"{row['attention']:13} seed {row['seed']}: " + ", ".join(
+                    f"{key} {100 * row[key]:.1f} %" for key in RESULTS if key in row) + f", {row['seconds']:.0f} s")
+                bar.update()
+                yield row["seed"], weights
+        softmax = dict(results([("softmax", seed, None) for seed in teachers]))
+        for _ in results([(name, seed, softmax[seed]) for name, seed in wanted if name != "softmax"]):
+            pass
+    print(f"{'%':13}" + "".join(f"{key:>11}" for key in (*RESULTS, "paper")))
+    for row in with_means(rows):
+        if row["seed"] == "mean":
+            numbers = [100 * row.get(key, math.nan) for key in RESULTS] + [PAPER.get(row["attention"], math.nan)]
+            print(f"{row['attention']:13}" + "".join(f"{x:11.1f}" for x in numbers).replace("nan", "  -"))
     plot.draw(plot.associative_recall, out)
 
 

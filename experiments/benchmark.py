@@ -216,6 +216,9 @@ def measure(T, args, common):
         torch.set_float32_matmul_precision("high")  # tf32 where plain PyTorch stays float32, as in training
     layer = LinearAttention(H, D).to(device)
     forms, weights, rows = make_forms(layer, device, T in args.peers), list(layer.parameters()), []
+    if device == "cuda" and T > 16384:
+        print(f"T={T}: without chunked, which torch.compile takes minutes for: its loop over segments is unrolled")
+        del forms["chunked"]
     check(forms, layer, B, H, T, D, dtype, device)
     formulas = {name: held_bytes(name, B, H, T, D, dtype.itemsize) for name in forms}
     for name, held in formulas.items():

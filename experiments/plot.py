@@ -122,26 +122,27 @@ def benchmark(path):
 
 def associative_recall(path):
     rows = json.loads(path.read_text())
-    names = list(dict.fromkeys(row["attention"].removesuffix(", converted") for row in rows))
+    names = [row["attention"] for row in rows if row["seed"] == "mean"]
     fig, [[ax]] = figure(height=1.2 + 0.45 * len(names))
-    solved = []
-    for start, suffix, offset, alpha in (("from scratch", "", -0.2, 0.5), ("from softmax", ", converted", 0.2, 1)):
-        percent = {(row["attention"], row["seed"]): 100 * row["accuracy"] for row in rows}
-        mean = {name: percent[name + suffix, "mean"] for name in names if (name + suffix, "mean") in percent}
-        at = {name: names.index(name) + offset for name in mean}
-        drawn = ax.barh(list(at.values()), list(mean.values()), 0.38, color=[color(name) for name in mean], alpha=alpha)
-        ax.bar_label(drawn, [f"{value:.0f} {start}" for value in mean.values()], padding=4, color=GREY, fontsize=10)
-        dots = [(value, at[name.removesuffix(", converted")]) for (name, seed), value in percent.items()
-                if seed != "mean" and name.endswith(", converted") == bool(suffix)]
+    counts = []
+    for key, start, offset, alpha in (("accuracy", "from scratch", -0.2, 0.5), ("converted", "from softmax", 0.2, 1)):
+        percent = {(row["attention"], row["seed"]): 100 * row[key] for row in rows if key in row}
+        mean = {name: value for (name, seed), value in percent.items() if seed == "mean"}
         if mean:
-            ax.plot(*zip(*dots), "o", color=GREY, markersize=4, markerfacecolor="none")
-            solved.append(f"{start}: {', '.join(name for name in mean if mean[name] >= 99) or 'none'}")
+            at = {name: names.index(name) + offset for name in mean}
+            drawn = ax.barh([*at.values()], [*mean.values()], 0.38, color=[color(name) for name in mean], alpha=alpha)
+            ax.bar_label(drawn, [f"{value:.0f} {start}" for value in mean.values()], padding=6, color=GREY, fontsize=10)
+            ax.plot(*zip(*((value, at[name]) for (name, seed), value in percent.items() if seed != "mean")), "o",
+                    color=GREY, markersize=4, markerfacecolor="none")
+            solved = [name for name in mean if mean[name] >= 99]
+            counts.append(f"{start} by {solved[0] if len(solved) == 1 else f'{len(solved)} of {len(mean)}'}")
     ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(0, 101, 20))
     ax.invert_yaxis()
-    ax.margins(x=0.22)
+    ax.set_xlim(0, 125)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("accuracy, % (mean; dots: seeds)")
-    save(fig, path.with_suffix(".png"), f"Associative recall, solved {'; '.join(solved)}")
+    save(fig, path.with_suffix(".png"), f"Associative recall: solved {', '.join(counts)}")
 
 
 def properties(path):

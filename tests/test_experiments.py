@@ -57,49 +57,65 @@ def test_the_asked_key_has_occurred_and_the_answer_is_its_value():
     assert any(len(set(row[:-2:2])) < 7 for row in x.tolist())              # pairs repeat
 
 
-def test_recall_is_learned_where_it_is_easy_and_the_rows_say_so(tmp_path, capsys):
-    flags = ("--length 6 --vocabulary 8 --steps 800 --lr 5e-3 --n-embd 32 --seeds 2 --test-rows 500 "
-             f"--attention softmax --device cpu --out {tmp_path / 'rows.json'} --teachers {tmp_path}")
-    associative_recall.main(parse_config(associative_recall.RecallConfig, argv=flags.split()))
-    rows = {row["seed"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
-    assert rows.keys() == {0, 1, "mean"} and {row["attention"] for row in rows.values()} == {"softmax"}
-    a, b, mean = (rows[seed]["accuracy"] for seed in (0, 1, "mean"))
-    assert mean == pytest.approx((a + b) / 2) and a > 0.95 and rows[0]["guess"] < 0.9
-    assert {"command", "commit", "device", "torch", "length", "lr"} <= rows[0].keys()
+def recall(flags, path):
+    associative_recall.main(parse_config(associative_recall.RecallConfig, argv=[*flags, "--device", "cpu", "--out",
+                                                                               str(path)]))
+    return {(row["attention"], row["seed"]): row for row in json.loads(path.read_text())}
 
 
-@pytest.mark.parametrize("name", [name for name in associative_recall.VARIANTS if name != "softmax"])
-def test_every_attention_takes_part(name, tmp_path):
-    flags = "--length 6 --vocabulary 6 --steps 2 --seeds 1 --test-rows 50 --n-embd 16 --device cpu"
-    flags = [*flags.split(), "--attention", name, "--out", str(tmp_path / "rows.json"), "--teachers", str(tmp_path),
-             "--distill-steps", "2", "--finetune-steps", "2"]
-    associative_recall.main(parse_config(associative_recall.RecallConfig, argv=flags))
-    assert 0 <= json.loads((tmp_path / "rows.json").read_text())[0]["accuracy"] <= 1
+EASY = ("--length 6 --vocabulary 8 --steps 800 --lr 5e-3 --n-embd 32 --test-rows 500 --seeds 1 --distill-steps 100 "
+        "--finetune-steps 10").split()
 
 
-def test_a_softmax_model_that_can_look_up_is_converted(tmp_path, monkeypatch):
-    flags = ("--length 6 --vocabulary 8 --steps 800 --lr 5e-3 --n-embd 32 --seeds 1 --test-rows 500 --device cpu "
-             f"--distill-steps 100 --finetune-steps 10 --out {tmp_path / 'rows.json'} --teachers {tmp_path / 'kept'}")
+def test_recall_is_learned_where_it_is_easy_and_what_softmax_has_learned_is_converted(tmp_path):
+    rows = recall([*EASY, "--attention", "hedgehog"], tmp_path / "rows.json")
+    assert rows.keys() == {("hedgehog", 0), ("hedgehog", "mean")}                         # its teacher has no row
+    row = rows["hedgehog", 0]
+    assert row["accuracy"] > 0.9 and row["distilled"] > 0.95 and row["converted"] > 0.95
+    assert row["guess"] < 0.8 and row["swapped"] < 0.9 and 0 < row["kl"] < 0.1
+    assert {"command", "commit", "device", "torch", "length", "lr"} <= row.keys()
 
-    def rows_of(extra):
-        associative_recall.main(parse_config(associative_recall.RecallConfig, argv=[*flags.split(), *extra.split()]))
-        return {row["attention"]: row for row in json.loads((tmp_path / "rows.json").read_text()) if row["seed"] == 0}
 
-    row = rows_of("--attention hedgehog --start softmax")["hedgehog, converted"]          # trains its teacher
-    assert row["distilled"] > 0.95 and row["accuracy"] > 0.95 and max(row["swapped"], row["guess"]) < 0.9
-    run, trained = associative_recall.run, []
-    monkeypatch.setattr(associative_recall, "run", lambda job, config: trained.append(job) or run(job, config))
-    kept = rows_of("--attention elu --start softmax")
-    assert kept.keys() == {"hedgehog, converted", "elu, converted"} and "distilled" not in kept["elu, converted"]
-    assert trained == [("softmax", "elu", 0)]                                             # a kept teacher serves again
-    trained.clear()
-    assert rows_of("--attention elu --start softmax --beta2 0.95").keys() == {"elu, converted"}
-    assert trained == [("softmax", "elu", 0), ("scratch", "softmax", 0)]                  # not one of other settings
+SMALL = "--length 6 --vocabulary 6 --steps 2 --test-rows 50 --n-embd 16 --distill-steps 2 --finetune-steps 2".split()
+
+
+def test_first_the_maps_learn_and_then_everything(tmp_path, monkeypatch):
+    train, changed = associative_recall.train, []
+
+    def spy(model, *args):
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        loss = train(model, *args)
+        changed.append({name for name, p in model.named_parameters() if not torch.equal(p, before[name])})
+        return loss
+    monkeypatch.setattr(associative_recall, "train", spy)
+    recall([*SMALL, "--seeds", "1", "--attention", "hedgehog"], tmp_path / "rows.json")
+    softmax, scratch, distilled, finetuned = changed
+    assert all(".map_" in name for name in distilled) and len(distilled) == 4             # two maps a layer
+    assert scratch == finetuned == softmax | distilled and "transformer.wte.weight" in softmax
+
+
+def test_every_attention_takes_part_in_two_processes_and_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    path, ran = tmp_path / "rows.json", []
+    rows = recall([*SMALL, "--seeds", "2", "--workers", "2"], path)
+    assert rows.keys() == {(name, seed) for name in associative_recall.VARIANTS for seed in (0, 1, "mean")}
+    for name in associative_recall.VARIANTS:
+        for key in ("accuracy", "converted") if name != "softmax" else ("accuracy",):
+            a, b, mean = (rows[name, seed][key] for seed in (0, 1, "mean"))
+            assert mean == pytest.approx((a + b) / 2) and 0 <= a <= 1
+    run = associative_recall.run
+    monkeypatch.setattr(associative_recall, "run", lambda job, config: ran.append(job[:2]) or run(job, config))
+    path.write_text(json.dumps([row for key, row in rows.items() if key != ("elu", 1)]))
+    assert recall([*SMALL, "--seeds", "2"], path).keys() == rows.keys()
+    assert ran == [("softmax", 1), ("elu", 1)]                                            # elu's teacher, and elu
+    assert recall([*SMALL, "--seeds", "1", "--attention", "elu", "--lr", "0.1"], path).keys() == {
+        ("elu", 0), ("elu", "mean")}                                                      # not rows of other settings
 
 
 def test_an_odd_length_is_refused():
     with pytest.raises(ValueError, match="--length and --vocabulary must be even"):
         associative_recall.RecallConfig(length=7)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        associative_recall.RecallConfig(seeds=0)
 
 
 # ---------------------------------------------------------------- from scratch
@@ -243,12 +259,17 @@ def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(plot, "save", lambda fig, path, title: (titles.append(title), plot.plt.close(fig)))
     for accuracy in (1.0, 0.5):
-        rows = [dict(attention=name, seed=seed, accuracy=value) for seed in (0, "mean")
-                for name, value in (("softmax", 1.0), ("elu", 0.2), ("elu, converted", accuracy))]
+        rows = [dict(attention="elu", seed=seed, accuracy=0.2, converted=accuracy) for seed in (0, "mean")]
+        rows += [dict(attention="softmax", seed=seed, accuracy=1.0) for seed in (0, "mean")]
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         plot.associative_recall(tmp_path / "rows.json")
-    assert titles == [f"Associative recall, solved from scratch: softmax; from softmax: {name}"
-                      for name in ("elu", "none")]
+    assert titles == [f"Associative recall: solved from scratch by softmax, from softmax by {name}"
+                      for name in ("elu", "0 of 1")]
+    rows = [{"form": form, "T": T, "pass": "forward+backward", "ms": ms * T, "peak_mib": 1.0, "B": 1}
+            for T in (512, 1024) for form, ms in (("softmax", T), ("fused", 256), ("chunked", 512))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    plot.benchmark(tmp_path / "rows.json")
+    assert "4.0x" in titles[-1] and "2.00x at 512" in titles[-1]                          # of the fused form
 
 
 @needs_matplotlib
