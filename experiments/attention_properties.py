@@ -39,6 +39,7 @@ class PropertiesConfig:
     data: str = opt("", "folder made by data/prepare.py; default: data/pydoc, made on the fly")
     maps: str = opt("runs/convert-tiny", "distilled maps are read from here, or made and kept here")
     distill_steps: int = opt(400, "optimizer steps of a distillation")
+    distill_lr: float = opt(1e-2, "its peak learning rate")
     blocks: int = opt(8, "blocks of held-out text")
     seed: int = opt(0, "of the distillation and of performer's random projections")
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
@@ -55,7 +56,7 @@ def teacher_and_text(config):
 
 def student(teacher, data, config, device, block_size=None, **options):
     """The teacher with linear attention. Its maps are distilled now, unless an earlier call has kept them."""
-    options = dict(distill_steps=config.distill_steps, seed=config.seed) | options
+    options = dict(distill_steps=config.distill_steps, distill_lr=config.distill_lr, seed=config.seed) | options
     convert = ConvertConfig(teacher=config.teacher, data=config.data, out=config.maps, resume=True, **options)
     torch.manual_seed(config.seed)                                                        # performer draws its w_i
     model = swap(teacher, convert).to(device).eval()
@@ -146,7 +147,8 @@ def main(config):
         tqdm.write(f"{name:28} entropy {mean['entropy']:.3f} nats, {mean['entropy_gap']:+.3f} from softmax's, "
                    f"rank correlation with q.k {mean['rank_correlation']:.3f}")
     save_json(Path(config.out), dict(rows=rows, curves=curves, blocks=config.blocks, block_size=T,
-                                     distill_steps=config.distill_steps, seed=config.seed, **provenance(device)))
+                                     distill_steps=config.distill_steps, distill_lr=config.distill_lr, seed=config.seed,
+                                     **provenance(device)))
     plot.draw(plot.properties, Path(config.out))
 
 

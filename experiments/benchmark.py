@@ -197,7 +197,10 @@ def check(forms, layer, B, H, T, D, dtype, device):
     inputs, grad = random_inputs(B, H, T, D, dtype, device)
     weights, exact = list(layer.parameters()), [x.detach().float().requires_grad_() for x in inputs]
     oracle = functools.partial(layer, form="quadratic" if device == "cpu" else "chunked")
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     expected = (oracle(*exact), *make_run(oracle, exact, weights, grad.float())())
+    torch.set_float32_matmul_precision(precision)
     for name, form in forms.items():
         if "softmax" in name or hasattr(form, "takes_features"):
             continue
