@@ -130,8 +130,10 @@ def associative_recall(path):
         mean = {name: value for (name, seed), value in percent.items() if seed == "mean"}
         if mean:
             at = {name: names.index(name) + offset for name in mean}
-            drawn = ax.barh([*at.values()], [*mean.values()], 0.38, color=[color(name) for name in mean], alpha=alpha)
-            ax.bar_label(drawn, [f"{value:.0f} {start}" for value in mean.values()], padding=6, color=GREY, fontsize=10)
+            ax.barh([*at.values()], [*mean.values()], 0.38, color=[color(name) for name in mean], alpha=alpha)
+            for name, value in mean.items():
+                right = max(x for (other, _), x in percent.items() if other == name)
+                ax.text(right + 2, at[name], f"{value:.0f} {start}", va="center", fontsize=10)
             ax.plot(*zip(*((value, at[name]) for (name, seed), value in percent.items() if seed != "mean")), "o",
                     color=GREY, markersize=4, markerfacecolor="none")
             solved = [name for name in mean if mean[name] >= 99]
