@@ -26,14 +26,14 @@ Precision: sums and states are float32. Products take bfloat16 operands for bflo
 range is too small for features) and float32 three tf32 products each, which is float32 to about 1e-6. S_n and R_n are
 written in the type of the products, which is what they are used in.
 
-Bounds, on an H100 at T = 1,024 (experiments/results/triton-ncu.json): what must be read and written once takes, at
-3 TB/s, 27 % of the time of forward, 68 % of states, 46 % of grad_kv and 59 % of grad_q; their sum is 49 % of the time
-of all four, and a single pass each way that kept all else on the chip would be 21 %. A chunk's work is a chain of small products, reductions and
-barriers, and registers (255 a thread) allow two programs a multiprocessor: an instruction is issued in 23 to 29 of 100
-cycles, tensor cores are busy in 9 to 17, and what is waited for is memory (25 to 43 % of the samples) and the last
-instruction's result. A spilled register costs more than it looks, since two programs leave little cache beside their
-shared memory: masks and offsets within a chunk in 32 bits, 7 % fewer instructions but far fewer spills, made grad_kv
-12 % faster.
+Bounds, on an H100 at T = 1,024 (experiments/results/triton-ncu.json): what must be read and written once takes, at 3
+TB/s, 27 % of the time of forward, 68 % of states, 46 % of grad_kv and 59 % of grad_q; their sum is 49 % of the time of
+all four, and a single pass each way that kept all else on the chip would be 21 %. A chunk's work is a chain of small
+products, reductions and barriers, and registers (255 a thread) allow two programs a multiprocessor: an instruction is
+issued in 23 to 29 of 100 cycles, tensor cores are busy in 9 to 17, and what is waited for is memory (25 to 43 % of the
+samples) and the last instruction's result. A spilled register costs more than it looks, since two programs leave little
+cache beside their shared memory: masks and offsets within a chunk in 32 bits, 7 % fewer instructions but far fewer
+spills, made grad_kv 12 % faster.
 
 Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (more than a quarter
 of its instructions went to spilled registers); a third program a multiprocessor (168 registers: 1.4 to 1.8 times as
