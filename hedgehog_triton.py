@@ -256,7 +256,7 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
         y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
         y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
         y = tl.dot(A, x, y, input_precision=PREC)
-        store_tile(o, start, rows, ot, vcols, n, y * tl.where(exact < float("inf"), 1.0 / d, 0.0)[:, None])
+        store_tile(o, start, rows, ot, vcols, n, y * tl.where(exact == float("inf"), 0.0, 1.0 / d)[:, None])
         if block == 0:
             tl.store(den + bh * T + start + rows, exact, mask=rows < n)
         Sp = tl.dot(tl.trans(kp), x, Sp, input_precision=PREC)

@@ -82,6 +82,13 @@ def test_a_row_without_weight_is_zero_with_zero_gradient():
     assert (y[:, :, 2] == 0).all() and (q.grad[:, :, 2] == 0).all() and q.grad[:, :, 3].abs().sum() > 0
 
 
+def test_a_denominator_that_is_not_a_number_shows():
+    x = make(1, 2, 40, 32, state=True)
+    x["state"][:, 1, :, -1] = torch.nan
+    ours, definition = fused(**x)[0], exact(**x)[0]
+    assert ours[:, 1].isnan().all() and definition[:, 1].isnan().all() and ours[:, 0].isfinite().all()
+
+
 def test_the_layer_calls_the_kernels_where_it_may(monkeypatch):
     import hedgehog
     layer = LinearAttention(2, 32, bias=True)
