@@ -246,6 +246,12 @@ def maps_of(model):
     return {name: p for name, p in model.named_parameters() if ".map_" in name}
 
 
+def learn_maps_alone(model):
+    model.requires_grad_(False)
+    for p in maps_of(model).values():
+        p.requires_grad_(True)
+
+
 def load_maps(model, path):
     """Into `model`, the feature maps of a checkpoint of `distill` or of train_gpt.py. Returns the checkpoint."""
     checkpoint, maps = load_checkpoint(path), maps_of(model)
@@ -264,9 +270,7 @@ def distill(model, data, config, device, autocast, say):
     """
     out, loss = Path(config.out), torch.compile(imitation_loss) if config.compile else imitation_loss
     layers = [list(block.attn.linear.parameters()) for block in model.transformer.h]
-    model.eval().requires_grad_(False)                                                    # no dropout in the teacher
-    for p in maps_of(model).values():
-        p.requires_grad_(True)
+    learn_maps_alone(model.eval())                                                        # no dropout in the teacher
     optimizer = make_optimizer(model, config, device)
     state = dict(step=0, seconds=0.0, loss_sum=0.0, loss_count=0)
     if config.resume:

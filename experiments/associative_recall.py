@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed package
 import plot  # noqa: E402
-from convert_gpt2 import imitate, maps_of  # noqa: E402
+from convert_gpt2 import imitate, learn_maps_alone, maps_of, swap  # noqa: E402
 from hedgehog import GPT, GPTConfig  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, cli, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance, save_json)
@@ -40,6 +41,7 @@ VARIANTS = {kind: dict(attention=kind) for kind in KINDS}
 VARIANTS |= {f"exp t={t}": dict(attention="exp", temperature=float(t)) for t in (1, 2)}
 PAPER = {"softmax": 100, "hedgehog": 100, "taylor": 100, "elu": 17.0, "performer": 17.0, "cosformer": 17.0}  # percent
 RESULTS = ("guess", "accuracy", "swapped", "distilled", "converted")
+NUMBERS = (*RESULTS, "loss", "kl", "seconds")  # of which a row of means has the means
 
 
 @dataclass
@@ -114,23 +116,14 @@ def train(model, schedule, draw, batch_size, backward):
 
 
 def run(job, config):
-    """Train a model from scratch, and convert the softmax model whose weights are given. -> its row, its weights."""
-    (name, seed, softmax), device = job, pick_device(config.device, "float32")[0]
+    """Train a model from scratch, and convert the softmax model that is given. -> the row, the model from scratch."""
+    (name, seed, teacher), device = job, pick_device(config.device, "float32")[0]
     if config.workers > 1:
         torch.set_num_threads(max(1, os.cpu_count() // config.workers))
     generator, began = torch.Generator(device).manual_seed(seed), time.perf_counter()
     draw = partial(make_rows, length=config.length, vocabulary=config.vocabulary, generator=generator)
     test = draw(config.test_rows)
     row = dict(attention=name, seed=seed, guess=guess(*test))
-
-    def new_model():
-        torch.manual_seed(seed)
-        # An output matrix of its own, so that the embeddings can begin larger than GPT-2's, and logits do not.
-        model = GPT(GPTConfig(config.length, config.vocabulary + 1, config.n_layer, config.n_head, config.n_embd,
-                              tie_head=False, **VARIANTS[name])).to(device)
-        for embedding in (model.transformer.wte, model.transformer.wpe):
-            torch.nn.init.normal_(embedding.weight, std=config.embedding_std)
-        return model
 
     def answer(x, y):  # of `model`, which is looked up at the call
         loss = F.cross_entropy(model(x)[0][:, -1], y)
@@ -142,18 +135,19 @@ def run(job, config):
         return cross_entropy - entropy
 
     schedule = TrainConfig(lr=config.lr, steps=config.steps, warmup=config.warmup, weight_decay=0.1, beta2=0.99)
-    model = new_model()
+    torch.manual_seed(seed)
+    # An output matrix of its own, so that the embeddings can begin larger than GPT-2's, and logits do not.
+    model = GPT(GPTConfig(config.length, config.vocabulary + 1, config.n_layer, config.n_head, config.n_embd,
+                          tie_head=False, **VARIANTS[name])).to(device)
+    for embedding in (model.transformer.wte, model.transformer.wpe):
+        torch.nn.init.normal_(embedding.weight, std=config.embedding_std)
     row["loss"] = train(model, replace(schedule, map_lr_scale=config.map_lr_scale), draw, config.batch_size, answer)
-    row["accuracy"], weights = accuracy(model, *test), {k: v.cpu() for k, v in model.state_dict().items()}
-    if softmax:
-        model = new_model()
-        new, left = model.load_state_dict(softmax, strict=False)
-        assert not left and all(".map_" in key for key in new)
-        row["swapped"], maps = accuracy(model, *test), maps_of(model)
-        if maps:
-            model.requires_grad_(False)
-            for p in maps.values():
-                p.requires_grad_(True)
+    row["accuracy"], scratch = accuracy(model, *test), model
+    if teacher:
+        model = swap(teacher, SimpleNamespace(block_size=0, seed=seed, maps="", **VARIANTS[name])).to(device)
+        row["swapped"] = accuracy(model, *test)
+        if maps_of(model):
+            learn_maps_alone(model)
             distill = replace(schedule, lr=config.distill_lr, steps=config.distill_steps, warmup=0, weight_decay=0.0)
             row["kl"] = train(model, distill, draw, config.batch_size, imitation)         # nats, mean of the layers
             row["distilled"] = accuracy(model, *test)
@@ -162,7 +156,7 @@ def run(job, config):
                            warmup=config.finetune_steps // 20)
         train(model, finetune, draw, config.batch_size, answer)
         row["converted"] = accuracy(model, *test)
-    return row | dict(seconds=time.perf_counter() - began), weights
+    return row | dict(seconds=time.perf_counter() - began), scratch.cpu()
 
 
 def with_means(rows):
@@ -170,8 +164,9 @@ def with_means(rows):
     out = []
     for name in VARIANTS:
         mine = sorted((row for row in rows if row["attention"] == name), key=lambda row: row["seed"])
-        means = {key: sum(row[key] for row in mine) / len(mine) for key in RESULTS if mine and key in mine[0]}
-        out += [*mine, mine[0] | means | dict(seed="mean", loss=None, kl=None, seconds=None)] if mine else []
+        if mine:
+            means = {key: sum(row[key] for row in mine) / len(mine) for key in NUMBERS if key in mine[0]}
+            out += [*mine, mine[0] | means | dict(seed="mean")]
     return out
 
 
@@ -190,14 +185,14 @@ def main(config):
     with context as pool, tqdm(total=len(teachers) + sum(name != "softmax" for name, _ in wanted), unit="run",
                                disable=None) as bar:
         def results(jobs):
-            for row, weights in (pool.imap_unordered if pool else map)(partial(run, config=config), jobs):
+            for row, model in (pool.imap_unordered if pool else map)(partial(run, config=config), jobs):
                 if (row["attention"], row["seed"]) in wanted:
                     rows.append(row | about)
                     save_json(out, with_means(rows))
                 tqdm.write(f"{row['attention']:13} seed {row['seed']}: " + ", ".join(
                     f"{key} {100 * row[key]:.1f} %" for key in RESULTS if key in row) + f", {row['seconds']:.0f} s")
                 bar.update()
-                yield row["seed"], weights
+                yield row["seed"], model
         softmax = dict(results([("softmax", seed, None) for seed in teachers]))
         for _ in results([(name, seed, softmax[seed]) for name, seed in wanted if name != "softmax"]):
             pass

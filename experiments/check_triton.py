@@ -12,7 +12,6 @@ runs twice at least, and all runs must agree to the last bit.
 
 import argparse
 import itertools
-import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the top-level files are not an installed package
 from hedgehog import LinearAttention, divide, linear_attention  # noqa: E402
 from hedgehog_triton import fused_attention  # noqa: E402
-from train_gpt import provenance  # noqa: E402
+from train_gpt import provenance, save_json  # noqa: E402
 
 NAMES = ("y", "state", "dq", "dk", "dv", "dwq", "dwk", "dbq", "dbk", "dstate")
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -237,7 +236,7 @@ if __name__ == "__main__":
             torch.cuda.empty_cache()
         about = provenance(torch.device("cuda"))
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps([dict(row, **about) for row in rows], indent=1) + "\n")
+        save_json(options.out, [dict(row, **about) for row in rows])
     failed = [row for row in rows if not row["ok"]]
     for row in failed:
         print("FAILED", row["case"], row["worst"], {n: f"{e:.1e}" for n, e in row.get("errors", {}).items()},

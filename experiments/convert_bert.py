@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # no installed package
-from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
+from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
 from data import glue  # noqa: E402
 from hedgehog import FEATURE_MAPS, FeatureMap, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
@@ -264,9 +264,7 @@ def fit(model, train, config, seed, stage, loss, value, groups, weight_decay=0.0
 
 def distill(model, train, held_out, config, seed):
     """Stage 1, in place: the maps alone learn. Returns the best epoch and its KL on held-out rows."""
-    model.eval().requires_grad_(False)                                                    # no dropout in the teacher
-    for p in maps_of(model).values():
-        p.requires_grad_(True)
+    learn_maps_alone(model.eval())                                                        # no dropout in the teacher
     layers = [[p for p in m.parameters() if p.requires_grad]  # problems of their own: a wild one must not slow others
               for m in model.modules() if isinstance(m, LinearBertAttention)]
     epoch, value = fit(model, train, config, seed, "distill_", partial(imitate, model),
