@@ -31,7 +31,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed package
 import plot  # noqa: E402
-from convert_gpt2 import imitate, learn_maps_alone, maps_of, swap  # noqa: E402
+from convert_gpt2 import imitate, maps_of, swap  # noqa: E402
 from hedgehog import GPT, GPTConfig  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, cli, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance, save_json)
@@ -130,7 +130,7 @@ def run(job, config):
         loss.backward()
         return loss
 
-    def imitation(x, y):
+    def imitation(x, y):  # sends gradients to the maps alone
         cross_entropy, entropy = imitate(model, x, nullcontext(), learn=True).mean(dim=0)
         return cross_entropy - entropy
 
@@ -147,11 +147,9 @@ def run(job, config):
         model = swap(teacher, SimpleNamespace(block_size=0, seed=seed, maps="", **VARIANTS[name])).to(device)
         row["swapped"] = accuracy(model, *test)
         if maps_of(model):
-            learn_maps_alone(model)
             distill = replace(schedule, lr=config.distill_lr, steps=config.distill_steps, warmup=0, weight_decay=0.0)
             row["kl"] = train(model, distill, draw, config.batch_size, imitation)         # nats, mean of the layers
             row["distilled"] = accuracy(model, *test)
-            model.requires_grad_(True)
         finetune = replace(schedule, lr=config.finetune_lr, steps=config.finetune_steps,
                            warmup=config.finetune_steps // 20)
         train(model, finetune, draw, config.batch_size, answer)

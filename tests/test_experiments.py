@@ -205,6 +205,9 @@ def test_properties_of_every_map_are_measured(teacher, tmp_path, capsys):
     attention_properties.main(config)  # the distilled maps are read again, not made again
     again = json.loads(before)["rows"], json.loads(out.read_text())["rows"]
     assert again[0] == again[1]
+    config.distill_lr = 0.5
+    with pytest.raises(ValueError, match="were distilled with lr=0.01"):
+        attention_properties.main(config)
 
 
 def test_attention_maps_are_measured_and_drawn(teacher, tmp_path, capsys):
