@@ -18,6 +18,7 @@ import attention_maps
 import attention_properties
 import plot
 import wikitext103
+from hedgehog import GPT, GPTConfig
 import train_gpt
 from conftest import stop_after
 from train_gpt import PRESETS, TrainConfig, parse_config, train
@@ -41,6 +42,18 @@ def teacher(tmp_path_factory):
 
 
 # ---------------------------------------------------------------- associative recall
+
+
+def test_taylor_by_weights_is_taylor_by_features():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(21, 11, 2, 2, 16, tie_head=False, attention="taylor", chunk_size=8)).double()
+    x, found = torch.randint(11, (3, 21)), []
+    for change in (lambda model: model, associative_recall.by_weights):
+        logits = change(model)(x)[0]
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        found.append([logits, *gradients])
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * a.abs().max().item() + 1e-15)
 
 
 def test_the_asked_key_has_occurred_and_the_answer_is_its_value():
