@@ -41,7 +41,7 @@ def save(fig, path, title):
 
 def color(name):
     """Orange for what learns to imitate softmax, grey for softmax, blue for what it is compared with."""
-    return GREY if name == "softmax" else COLORS[0] if name.startswith("hedgehog") else COLORS[1]
+    return GREY if name.startswith("softmax") else COLORS[0] if name.startswith("hedgehog") else COLORS[1]
 
 
 def bars(ax, names, values, label, form="{:.2f}"):
@@ -70,11 +70,12 @@ def loss_curves(folder):
     curves = {path.stem: list(csv.DictReader(path.open())) for path in sorted(folder.glob("*.csv"))}
     fig, [[ax]] = figure()
     final = {}
-    for i, (name, rows) in enumerate(sorted(curves.items(), key=lambda item: float(item[1][-1]["valid_nats"]))):
+    for name, rows in sorted(curves.items(), key=lambda item: float(item[1][-1]["valid_nats"])):
         x, y = ([float(row[key]) for row in rows if int(row["step"])] for key in ("tokens", "valid_nats"))
+        style = ("-", "--", ":", "-.")[[color(other) for other in final].count(color(name)) % 4]
         final[name] = float(rows[-1]["valid_nats"])
-        ax.plot(x, y, label=name, color=GREY if name == "softmax" else COLORS[i % len(COLORS)])
-    ax.set(xlabel="training tokens", ylabel="validation loss (nats a token)")
+        ax.plot([tokens / 1e6 for tokens in x], y, style, label=name, color=color(name))
+    ax.set(xlabel="training tokens, millions", ylabel="validation loss (nats a token)")
     ax.legend()
     first = list(final.items())[:3]
     save(fig, folder / "loss.png", ("Final loss: " if len(first) == len(final) else "Lowest final losses: ")
