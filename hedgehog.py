@@ -372,6 +372,7 @@ class GPTConfig:
     learn_temperature: bool = False  # of the maps with a W, one a head
     chunk_size: int = 64  # tokens whose weights are formed at once
     segment_size: int = 256  # tokens whose features are held at once in training; 0: all
+    short_conv: int = 0  # tokens that a convolution of q, k and v reaches over; 0: none, as in the paper
 
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
@@ -379,10 +380,34 @@ class GPTConfig:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.chunk_size) < 1:
             raise ValueError("block_size, vocab_size, n_layer, n_head, n_embd and chunk_size must be at least 1, got "
                              f"{self}")
-        if self.segment_size < 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"segment_size={self.segment_size} must be at least 0, dropout={self.dropout} in [0, 1)")
+        if min(self.segment_size, self.short_conv) < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"segment_size={self.segment_size} and short_conv={self.short_conv} must be at least 0, "
+                             f"dropout={self.dropout} in [0, 1)")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+
+
+class ShortConv(nn.Module):
+    """A causal depthwise convolution, y_t = sum_i w_i x_{t-i} over the last `width` tokens. It starts as the identity.
+
+    Not in the paper; H3 (Fu et al. 2023), Mamba and others put one before what is linear in T. Sums of 2D features a
+    head can hardly tell position t - 1 from its neighbours. With this, a head that looks at the token before need not.
+    """
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, channels))
+        with torch.no_grad():
+            self.weight[0] = 1
+
+    def forward(self, x, cache=None):
+        """x (B, T, C) -> (B, T, C). `cache`: the layer's dict, whose "conv" holds the width - 1 tokens before x."""
+        before, T = len(self.weight) - 1, x.shape[1]
+        past = (cache or {}).get("conv")
+        x = F.pad(x, (0, 0, before, 0)) if past is None else torch.cat((past, x), dim=1)  # (B, width - 1 + T, C)
+        if cache is not None:
+            cache["conv"] = x[:, T:].clone()  # a view would hold all of x
+        return sum(w.to(x.dtype) * x[:, before - i:before - i + T] for i, w in enumerate(self.weight))
 
 
 class CausalSelfAttention(nn.Module):
@@ -392,6 +417,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.short_conv = ShortConv(3 * C, config.short_conv) if config.short_conv else None
         self.linear = None
         if config.attention != "softmax":
             self.linear = LinearAttention(
@@ -401,12 +427,15 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         """x (B, T, C) -> (B, T, C). `cache`: this layer's dict, which holds the past and is updated in place."""
-        q, k, v = self.split_heads(x)
+        q, k, v = self.split_heads(x, cache)
         y = self.softmax(q, k, v, cache) if self.linear is None else self.linear_cached(q, k, v, cache)
         return self.merge_heads(y)
 
-    def split_heads(self, x):
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))                          # (B, T, 3, H, D)
+    def split_heads(self, x, cache=None):
+        qkv = self.c_attn(x)                                                              # (B, T, 3C)
+        if self.short_conv is not None:
+            qkv = self.short_conv(qkv, cache)
+        qkv = qkv.unflatten(-1, (3, self.n_head, -1))                                     # (B, T, 3, H, D)
         return qkv.permute(2, 0, 3, 1, 4)                                                 # q, k, v, each (B, H, T, D)
 
     def merge_heads(self, y):
@@ -426,7 +455,7 @@ class CausalSelfAttention(nn.Module):
         B, H, T, D = q.shape
         offset = 0
         if cache is not None:
-            if not cache:
+            if "k" not in cache:
                 cache.update(offset=0, k=k.new_empty(B, H, self.block_size, D), v=v.new_empty(B, H, self.block_size, D))
             offset = cache["offset"]
             cache["k"][:, :, offset:offset + T], cache["v"][:, :, offset:offset + T] = k, v

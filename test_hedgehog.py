@@ -470,10 +470,31 @@ def test_the_layers_are_gpt2s():
     assert_close(model(idx)[0], norm(x, "ln_f") @ w["wte.weight"].T)
 
 
+@pytest.mark.parametrize("width", [1, 3, 20])  # alone, as usual, and longer than the text
+def test_the_short_convolution_is_pytorchs(width):
+    conv, x = hedgehog.ShortConv(12, width).double(), torch.randn(2, 13, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(conv(x), x)                                                        # it starts as the identity
+    torch.nn.init.normal_(conv.weight)
+    expected = F.conv1d(F.pad(x.mT, (width - 1, 0)), conv.weight.flip(0).T.unsqueeze(1), groups=12).mT
+    assert_close(with_gradients(conv(x), x=x, w=conv.weight), with_gradients(expected, x=x, w=conv.weight))
+
+
+@pytest.mark.parametrize("attention", ["softmax", "hedgehog"])
+def test_a_model_with_the_short_convolution_starts_as_the_one_without(attention):
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(16, 31, 2, 2, 8, attention=attention))
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(16, 31, 2, 2, 8, attention=attention, short_conv=4)), tokens(16)
+    assert torch.equal(model(idx)[0], plain(idx)[0])
+    model.transformer.h[0].attn.short_conv.weight.data[1] = 1  # and is another one when it has moved
+    assert not torch.allclose(model(idx)[0], plain(idx)[0])
+
+
 @each_attention
+@pytest.mark.parametrize("short_conv", [0, 3])
 @pytest.mark.parametrize("pieces", [[1] * 16, [5, 1, 1, 7, 2], [3, 13]], ids=str)
-def test_cached_logits_are_those_of_the_full_forward(attention, pieces):
-    model, idx = tiny_gpt(attention), tokens(16)
+def test_cached_logits_are_those_of_the_full_forward(attention, pieces, short_conv):
+    model, idx = tiny_gpt(attention, short_conv=short_conv), tokens(16)
     cache = model.new_cache()
     logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
     assert_close(logits, model(idx)[0])
@@ -482,8 +503,9 @@ def test_cached_logits_are_those_of_the_full_forward(attention, pieces):
 @each_attention
 @pytest.mark.parametrize("temperature", [0, 4])  # the likeliest token, which soon repeats itself, and a varied text
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_generation_past_block_size_is_that_of_a_plain_loop(attention, temperature, use_cache):
-    model, prompt = tiny_gpt(attention), tokens(21)  # longer than block_size = 16: only its end is read
+@pytest.mark.parametrize("short_conv", [0, 3])
+def test_generation_past_block_size_is_that_of_a_plain_loop(attention, temperature, use_cache, short_conv):
+    model, prompt = tiny_gpt(attention, short_conv=short_conv), tokens(21)  # longer than block_size = 16: only its end is read
     window, expected = prompt[:, -16:], prompt
     torch.manual_seed(1)
     for _ in range(30):
@@ -605,6 +627,7 @@ BAD_CALLS = [
     ("n_layer, n_head.*at least 1", lambda: GPTConfig(n_head=0)),
     ("chunk_size must be at least 1|chunk_size.*at least 1", lambda: GPTConfig(chunk_size=0)),
     ("segment_size=-1", lambda: GPTConfig(segment_size=-1)),
+    ("short_conv=-1", lambda: GPTConfig(short_conv=-1)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x, x[:, :, :2], x)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4, segment_size=2)(x, x, x[:, :, :2])),
     (r"expected q and k \(B, 3, T, 4\)", lambda: LinearAttention(3, 4)(x, x, x)),

@@ -90,6 +90,7 @@ class TrainConfig:
     learn_temperature: bool = opt(False, "one more learned number a head and map, exp(number) times W")
     chunk_size: int = opt(64, "tokens whose attention weights are formed at once (linear attention)")
     segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
+    short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; 0: none")
     # optimisation
     steps: int = opt(1000, "optimizer steps")
     batch_size: int = opt(8, "sequences a step, over all processes and micro-batches")

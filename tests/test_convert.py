@@ -441,7 +441,7 @@ def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path
 @pytest.mark.parametrize("options", [
     dict(attention="softmax"), dict(attention="softmax", tie_head=False), dict(attention="hedgehog"),
     dict(attention="t2r", tie_qk=True), dict(attention="hedgehog", bias=False, feature_bias=True),
-    dict(attention="performer")])
+    dict(attention="performer"), dict(attention="hedgehog", short_conv=3), dict(attention="softmax", short_conv=3)])
 def test_an_exported_model_is_read_back_to_the_last_bit(tmp_path, options):
     model, idx = small_gpt(**options), torch.randint(256, (2, 32))
     export(model, tmp_path / "exported")
