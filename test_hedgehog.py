@@ -505,7 +505,8 @@ def test_cached_logits_are_those_of_the_full_forward(attention, pieces, short_co
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("short_conv", [0, 3])
 def test_generation_past_block_size_is_that_of_a_plain_loop(attention, temperature, use_cache, short_conv):
-    model, prompt = tiny_gpt(attention, short_conv=short_conv), tokens(21)  # longer than block_size = 16: only its end is read
+    model, prompt = tiny_gpt(attention, short_conv=short_conv), tokens(21)
+    # longer than block_size = 16: only its end is read
     window, expected = prompt[:, -16:], prompt
     torch.manual_seed(1)
     for _ in range(30):
