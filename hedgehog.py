@@ -391,7 +391,7 @@ class ShortConv(nn.Module):
     """A causal depthwise convolution, y_t = sum_i w_i x_{t-i} over the last `width` tokens. It starts as the identity.
 
     Not in the paper; H3 (Fu et al. 2023), Mamba and others put one before what is linear in T. Sums of 2D features a
-    head can hardly tell position t - 1 from its neighbours. With this, a head that looks at the token before need not.
+    head can hardly tell position t - 1 from its neighbours; with this, no head has to look at the token before.
     """
 
     def __init__(self, channels, width):
@@ -519,7 +519,8 @@ class GPT(nn.Module):
     def new_cache(self):
         """An empty past, one dict a layer: pass it to `forward` with each next piece of the sequence.
 
-        Linear attention keeps (B, H, P, D+1) a layer, whatever the length; softmax two (B, H, block_size, D) buffers.
+        Linear attention keeps (B, H, P, D+1) a layer, whatever the length; softmax two (B, H, block_size, D) buffers;
+        short_conv, if there is one, (B, short_conv - 1, 3C) besides.
         """
         return [{} for _ in self.transformer.h]
 

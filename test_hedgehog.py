@@ -435,11 +435,14 @@ def test_sums_beyond_the_range_of_float16_are_right(form):
 
 
 @each_attention
-def test_a_layer_splits_heads_as_gpt2_does_and_maps_each_alone(attention):
+@pytest.mark.parametrize("short_conv", [0, 3])
+def test_a_layer_splits_heads_as_gpt2_does_and_maps_each_alone(attention, short_conv):
     # fla#28: the map was applied before the heads were split.
-    attn, x, y = tiny_gpt(attention).transformer.h[0].attn, torch.randn(2, 16, 8, dtype=torch.float64), []
+    attn = tiny_gpt(attention, short_conv=short_conv).transformer.h[0].attn
+    x, y = torch.randn(2, 16, 8, dtype=torch.float64), []
+    qkv = attn.short_conv(attn.c_attn(x)) if short_conv else attn.c_attn(x)
     for h in range(2):
-        q, k, v = (part[:, None, :, 4 * h:4 * h + 4] for part in attn.c_attn(x).split(8, dim=-1))     # (B, 1, T, D)
+        q, k, v = (part[:, None, :, 4 * h:4 * h + 4] for part in qkv.split(8, dim=-1))    # (B, 1, T, D)
         if attention == "softmax":
             weights = (q @ k.mT / math.sqrt(4)).masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf).softmax(-1)
         else:  # a map holds a W for each head: give it this head twice, and take what the h-th W made of it
@@ -528,8 +531,9 @@ def test_sampling_follows_temperature_and_top_k(temperature, top_k):
 
 
 @each_attention
-def test_a_token_adds_nothing_to_the_state_but_a_row_to_the_cache_of_softmax(attention):
-    model, idx = tiny_gpt(attention), tokens(16)
+@pytest.mark.parametrize("short_conv", [0, 3])
+def test_a_token_adds_nothing_to_the_state_but_a_row_to_the_cache_of_softmax(attention, short_conv):
+    model, idx = tiny_gpt(attention, short_conv=short_conv), tokens(16)
     cache = model.new_cache()
     for t in range(16):
         model(idx[:, t:t + 1], cache=cache)
@@ -539,7 +543,9 @@ def test_a_token_adds_nothing_to_the_state_but_a_row_to_the_cache_of_softmax(att
                 past["k"][:, :, t + 1:] = past["v"][:, :, t + 1:] = math.nan
             else:
                 assert past["state"].shape == (2, 2, block.attn.linear.map_q.feature_dim, 4 + 1)
-                assert past.keys() == {"state", "offset"}
+                assert past.keys() == {"state", "offset"} | ({"conv"} if short_conv else set())
+            if short_conv:  # two tokens, and no view of more
+                assert past["conv"].shape == (2, 2, 24) and past["conv"].untyped_storage().nbytes() == 2 * 2 * 24 * 8
     assert all(x.isfinite().all() for past in cache for x in past.values() if torch.is_tensor(x))
 
 

@@ -35,9 +35,11 @@ def row(run, commit=None):
 
 
 def ratio(row, rows):
-    """Its test perplexity over that of the best softmax of the same text and as many tokens; None without one."""
-    same = [r["test_ppl"] for r in rows
-            if (r["attention"], r["data"], r["tokens"]) == ("softmax", row["data"], row["tokens"])]
+    """Its test perplexity over that of the best softmax of the same text, as many tokens and the same short_conv, which
+    helps softmax too; None without one."""
+    def setting(r):
+        return r["data"], r["tokens"], r["options"].get("short_conv", 0)
+    same = [r["test_ppl"] for r in rows if r["attention"] == "softmax" and setting(r) == setting(row)]
     return row["test_ppl"] / min(same) if same else None
 
 

@@ -447,6 +447,9 @@ def test_an_exported_model_is_read_back_to_the_last_bit(tmp_path, options):
     export(model, tmp_path / "exported")
     back = load_gpt2(tmp_path / "exported")
     assert back.config == model.config and torch.equal(back(idx)[0], model(idx)[0])
+    plain = options in (dict(attention="softmax"), dict(attention="softmax", tie_head=False))
+    said = json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"]  # what transformers goes by
+    assert said == ("gpt2" if plain else "hedgehog_gpt2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exported"]
 
 

@@ -50,6 +50,8 @@ def test_taylor_by_weights_is_taylor_by_features():
     x, found = torch.randint(11, (3, 21)), []
     for change in (lambda model: model, associative_recall.by_weights):
         logits = change(model)(x)[0]
+        replaced = [block.attn.linear.forward is associative_recall.taylor for block in model.transformer.h]
+        assert all(replaced) if found else not any(replaced)
         gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
         found.append([logits, *gradients])
     for a, b in zip(*found):

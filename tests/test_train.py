@@ -167,13 +167,14 @@ def test_an_epoch_shows_every_block_once_and_each_epoch_in_another_order():
 
 
 def test_only_matrices_decay_and_maps_have_their_own_learning_rate():
-    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, feature_bias=True))
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, feature_bias=True, short_conv=3))
     groups = train_gpt.make_optimizer(model, TrainConfig(map_lr_scale=10.0), torch.device("cpu")).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     for group in groups:
         for p in group["params"]:
             name = names[id(p)]
-            assert (group["weight_decay"] > 0) == (name.endswith("weight") and "ln_" not in name), name
+            decays = name.endswith("weight") and "ln_" not in name and "short_conv" not in name
+            assert (group["weight_decay"] > 0) == decays, name
             assert group["lr_scale"] == (10.0 if "map_" in name else 1.0), name
     assert sum(len(g["params"]) for g in groups) == len(names)
     groups = train_gpt.make_optimizer(model, TrainConfig(map_decay=False), torch.device("cpu")).param_groups
