@@ -93,11 +93,15 @@ def perplexities(path):
     bars(ax, list(names.values()), [row["test_ppl"] for row in rows], f"test perplexity{trained}")
     for bar, row in zip(ax.patches, rows):
         bar.set_color(color(row["attention"]))
-    softmax = next((row for row in rows if row["attention"] == "softmax"), None)
-    linear = next((row for row in rows if row["attention"] != "softmax" and softmax and row["tokens"] ==
-                   softmax["tokens"] and row["data"] == softmax["data"]), None)
-    save(fig, path.with_name("perplexity.png"), f"{linear['name']}: {linear['test_ppl'] / softmax['test_ppl']:.3f} "
-         "times the perplexity of softmax" if linear else f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
+    best = {}  # softmax of each setting, with which others can be compared
+    for row in rows:
+        row["setting"] = (row["data"], row["tokens"], row["options"].get("short_conv", 0))
+        if row["attention"] == "softmax":
+            best.setdefault(row["setting"], row)
+    linear = next((row for row in rows if row["attention"] != "softmax" and row["setting"] in best), None)
+    save(fig, path.with_name("perplexity.png"), f"{linear['name']}: "
+         f"{linear['test_ppl'] / best[linear['setting']]['test_ppl']:.3f} times the perplexity of "
+         f"{best[linear['setting']]['name']}" if linear else f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
 
 
 def benchmark(path):

@@ -189,12 +189,13 @@ def spoilt_maps(model):
     return model
 
 
-def test_every_layer_is_compared_with_what_the_teacher_computes():
-    softmax = small_gpt(attention="softmax").double()
+@pytest.mark.parametrize("short_conv", [0, 3])
+def test_every_layer_is_compared_with_what_the_teacher_computes(short_conv):
+    softmax = small_gpt(attention="softmax", short_conv=short_conv).double()
     student = spoilt_maps(swap(softmax, ConvertConfig())).double()
     seen = []
     for block in softmax.transformer.h:
-        block.attn.c_attn.register_forward_hook(lambda module, args, out: seen.append(out))
+        (block.attn.short_conv or block.attn.c_attn).register_forward_hook(lambda module, args, out: seen.append(out))
     idx = torch.randint(256, (3, 32))
     softmax(idx)
     losses = imitate(student.eval(), idx, nullcontext())

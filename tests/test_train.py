@@ -322,6 +322,11 @@ def test_resume_refuses_another_configuration_text_or_nothing(text_dir, tmp_path
     train(config(text_dir, out, "--steps", "0"))
     with pytest.raises(ValueError, match="n_embd=16.*--n-embd"):
         parse_config(TrainConfig, PRESETS, ["--out", str(out), "--resume", "--n-embd", "32"])
+    older = {key: value for key, value in train_gpt.asdict(config(text_dir, out)).items() if key != "short_conv"}
+    flags = ["--out", str(out), "--resume", "--short-conv"]  # of a run that is older than the option
+    with pytest.raises(ValueError, match="short_conv=0.*--short-conv"):
+        parse_config(TrainConfig, PRESETS, [*flags, "3"], saved_config=lambda config: older)
+    assert parse_config(TrainConfig, PRESETS, [*flags, "0"], saved_config=lambda config: older).n_embd == 16
     other = damage(text_dir, tmp_path / "gpt2", lambda meta, folder: meta.update(tokenizer="gpt2"))
     with pytest.raises(ValueError, match="tokenizer was bytes"):
         train(parse_config(TrainConfig, PRESETS, ["--out", str(out), "--resume", "--data", str(other)]))
