@@ -82,6 +82,14 @@ def loss_curves(folder):
          + ", ".join(f"{name} {nats:.2f}" for name, nats in first))
 
 
+def softmax_beside(row, rows):
+    """The best softmax of the same text, as many tokens and the same short_conv, which helps softmax too; or None."""
+    def setting(r):
+        return r["data"], r["tokens"], r["options"].get("short_conv", 0)
+    same = [r for r in rows if r["attention"] == "softmax" and setting(r) == setting(row)]
+    return min(same, key=lambda r: r["test_ppl"], default=None)
+
+
 def perplexities(path):
     """Final perplexities on the test split, the lowest first; runs of different length or text are told apart."""
     rows = sorted(json.loads(path.read_text()), key=lambda row: row["test_ppl"])
@@ -93,15 +101,11 @@ def perplexities(path):
     bars(ax, list(names.values()), [row["test_ppl"] for row in rows], f"test perplexity{trained}")
     for bar, row in zip(ax.patches, rows):
         bar.set_color(color(row["attention"]))
-    best = {}  # softmax of each setting, with which others can be compared
-    for row in rows:
-        row["setting"] = (row["data"], row["tokens"], row["options"].get("short_conv", 0))
-        if row["attention"] == "softmax":
-            best.setdefault(row["setting"], row)
-    linear = next((row for row in rows if row["attention"] != "softmax" and row["setting"] in best), None)
-    save(fig, path.with_name("perplexity.png"), f"{linear['name']}: "
-         f"{linear['test_ppl'] / best[linear['setting']]['test_ppl']:.3f} times the perplexity of "
-         f"{best[linear['setting']]['name']}" if linear else f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
+    pairs = [(row, softmax_beside(row, rows)) for row in rows if row["attention"] != "softmax"]
+    linear, softmax = next((pair for pair in pairs if pair[1]), (None, None))
+    save(fig, path.with_name("perplexity.png"), f"{linear['name']}: {linear['test_ppl'] / softmax['test_ppl']:.3f} "
+         f"times the perplexity of {softmax['name']}" if linear else
+         f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
 
 
 def benchmark(path):

@@ -35,12 +35,9 @@ def row(run, commit=None):
 
 
 def ratio(row, rows):
-    """Its test perplexity over that of the best softmax of the same text, as many tokens and the same short_conv, which
-    helps softmax too; None without one."""
-    def setting(r):
-        return r["data"], r["tokens"], r["options"].get("short_conv", 0)
-    same = [r["test_ppl"] for r in rows if r["attention"] == "softmax" and setting(r) == setting(row)]
-    return row["test_ppl"] / min(same) if same else None
+    """Its test perplexity over that of the softmax it can be compared with; None without one."""
+    softmax = plot.softmax_beside(row, rows)
+    return row["test_ppl"] / softmax["test_ppl"] if softmax else None
 
 
 def table(rows):

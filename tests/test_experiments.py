@@ -18,9 +18,9 @@ import attention_maps
 import attention_properties
 import plot
 import wikitext103
-from hedgehog import GPT, GPTConfig
 import train_gpt
 from conftest import stop_after
+from hedgehog import GPT, GPTConfig
 from train_gpt import PRESETS, TrainConfig, parse_config, train
 
 needs_matplotlib = pytest.mark.skipif(plot.plt is None, reason="matplotlib draws the figures: "
