@@ -70,6 +70,7 @@ class LlamaConfig:
     # stage 2: low-rank updates of the attention's projections learn to write summaries
     lora_epochs: float = opt(2.0, "passes over the training dialogues; 0: no finetuning")
     lora_lr: float = opt(1e-4, "peak learning rate of the low-rank updates")
+    lora_text: str = opt("", "a text file that the updates learn first, in one pass, before the summaries")
     map_lr: float = opt(0.0, "peak learning rate of the maps in stage 2; 0: they stay as distilled")
     rank: int = opt(8, "of the updates")
     alpha: float = opt(16.0, "the updates count alpha / rank times")
@@ -332,7 +333,7 @@ def divergence(model, examples, config, device):
 
 
 def summary_loss(model, device, examples):
-    """Mean cross-entropy of the summaries' tokens and their end; logits are formed for no others."""
+    """Mean cross-entropy of the tokens past each prompt (a summary and its end); logits are formed for no others."""
     ids, mask = pad([x["ids"] for x in examples], False, device)
     x = model.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]               # (B, T, C)
     n_prompt = torch.tensor([[x["n_prompt"]] for x in examples], device=device)
@@ -340,8 +341,9 @@ def summary_loss(model, device, examples):
     return F.cross_entropy(model.lm_head(x[:, :-1][learned]).float(), ids[:, 1:][learned])
 
 
-def finetune(model, examples, config, device):
-    """Stage 2: low-rank updates of q, k, v and o learn the summaries and are added to the weights. Returns seconds."""
+def finetune(model, examples, config, device, text=()):
+    """Stage 2: low-rank updates of q, k, v and o learn the text if there is one, then the summaries, and are added to
+    the weights. Returns seconds."""
     torch.manual_seed(config.seed)
     projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
     lora = peft.get_peft_model(model, peft.LoraConfig(r=config.rank, lora_alpha=config.alpha,
@@ -352,7 +354,9 @@ def finetune(model, examples, config, device):
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     model.train(config.gradient_checkpointing)  # what switches it on; there is no dropout
-    seconds = fit(groups, examples, config.lora_epochs, config, "LoRA", partial(summary_loss, model, device))
+    loss = partial(summary_loss, model, device)
+    seconds = fit(groups, text, 1, config, "LoRA, text", loss) if text else 0.0
+    seconds += fit(groups, examples, config.lora_epochs, config, "LoRA", loss)
     lora.merge_and_unload()
     model.eval()
     return seconds
@@ -429,7 +433,15 @@ def load(config, dtype):
 
 
 def read_text(path, tokenizer):
-    return tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
+    """The tokens of a text file; none if `path` is empty."""
+    text = Path(path).read_text(encoding="utf-8") if path else ""
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def blocks(path, tokenizer, length):
+    """A text file as examples of `length` tokens, of which all but the first are to be learned."""
+    ids = read_text(path, tokenizer)
+    return [dict(ids=ids[i:i + length], n_prompt=1) for i in range(0, len(ids) - 1, length)]
 
 
 def prepare(config, tokenizer):
@@ -439,9 +451,9 @@ def prepare(config, tokenizer):
     test_rows = splits["test"][:limit]
     train = [encode(tokenizer, row, length) for row in splits[trained_on][:limit]]
     test = [encode(tokenizer, row, length, with_summary=False) for row in test_rows]
-    extra = read_text(config.distill_text, tokenizer) if config.distill_text else []
-    data = dict(train=train, test=test, test_rows=test_rows, text=config.text and read_text(config.text, tokenizer),
-                distill=train + [dict(ids=extra[i:i + length]) for i in range(0, len(extra), length)],
+    data = dict(test=test, test_rows=test_rows, text=read_text(config.text, tokenizer),
+                distill=train + blocks(config.distill_text, tokenizer, length),
+                train=train, lora_text=blocks(config.lora_text, tokenizer, length),
                 kl=[encode(tokenizer, row, length) for row in test_rows[:KL_ROWS]])
     return data, dict(trained_on=trained_on, train_rows=len(train), test_rows=len(test),
                       cut=sum(x["cut"] for x in train + test))
@@ -461,7 +473,8 @@ def measure_row(name, model, tokenizer, data, config, device):
             row["distilled_text_ppl"] = text_perplexity(model, data["text"], device)
     if name != "zero-shot" and config.lora_epochs:
         reset_peak(device)
-        row["lora_seconds"], row["lora_gib"] = finetune(model, data["train"], config, device), peak_gib(device)
+        row["lora_seconds"] = finetune(model, data["train"], config, device, data["lora_text"])
+        row["lora_gib"] = peak_gib(device)
     if data["text"]:
         row["text_ppl"] = text_perplexity(model, data["text"], device)
     began = time.perf_counter()

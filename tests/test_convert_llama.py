@@ -564,6 +564,23 @@ def test_a_second_text_may_be_read_while_distilling(folder, tmp_path):
     assert [t for x in data["distill"][7:] for t in x["ids"]] == data["text"]
 
 
+def test_a_text_may_be_learned_before_the_summaries(folder, tmp_path):
+    text = folder / "text.txt"
+    config = parse(folder, tmp_path / "rows.json", f"--lora-text {text} --text {text} --max-length 90")
+    data, _ = convert_llama.prepare(replace(config, lora_epochs=1), make_tokenizer())
+    assert [t for x in data["lora_text"] for t in x["ids"]] == data["text"]
+    model = tiny(dtype=torch.float32, vocab_size=330, initializer_range=0.05)
+    before = convert_llama.text_perplexity(model, data["text"], CPU)
+    plain, told = copy.deepcopy(model), copy.deepcopy(model)
+    convert_llama.finetune(plain, data["train"], CONFIG, CPU)
+    convert_llama.finetune(told, data["train"], CONFIG, CPU, data["lora_text"] * 20)
+    after = [convert_llama.text_perplexity(m, data["text"], CPU) for m in (plain, told)]
+    assert after[1] < 0.8 * min(after[0], before)
+    ids = torch.tensor([data["lora_text"][0]["ids"]])                                     # all tokens but the first
+    expected = told(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(convert_llama.summary_loss(told, CPU, data["lora_text"][:1]), expected)
+
+
 @pytest.mark.parametrize("flags, sentence", [
     ("--model {tmp}/gpt2", "GPT2LMHeadModel is not of the Llama architecture; supported is"),
     ("--model {tmp}/nothing.gguf", "no Llama with a tokenizer at .*nothing.gguf"),
