@@ -543,7 +543,8 @@ def merge_lora(state):
 
 
 def train_step(model, optimizer, tokens, config, step, device, autocast, rank, world):
-    """One optimizer step on config.batch_size sequences. Returns the mean loss over all processes, in nats."""
+    """One optimizer step on config.batch_size sequences. Returns (2,): this process' mean loss, in nats, and the norm
+    of the gradient. Reading them waits for a GPU, so that is left to the caller."""
     torch.manual_seed((config.seed << 32) + step * world + rank)  # dropout, too, is a function of the seed and the step
     lr, total = learning_rate(step, config), 0.0
     for group in optimizer.param_groups:
@@ -557,11 +558,14 @@ def train_step(model, optimizer, tokens, config, step, device, autocast, rank, w
             loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    total, norm = over_processes([total.item() / world, norm.item() / world], device, world)
-    stop_if_not_finite(total + norm, step, config)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total
+    return torch.stack((total, norm))
+
+
+def steps_ahead(device):
+    """How many steps are begun before the last one is waited for: a GPU never idles while the CPU reads a batch."""
+    return 1 if device.type == "cuda" else 0
 
 
 def stop_if_not_finite(value, step, config):
@@ -611,15 +615,30 @@ def train(config, model=None):
     log, about = Log(out / "log.csv", state["step"]) if rank == 0 else None, provenance(device)
     state.setdefault("commands", []).append(about["command"])
     seconds, first, tokens_per_step = [], state["step"], config.batch_size * config.block_size
+    begun, since, quiet = [], 0.0, rank > 0 or None  # None: no bar where there is no terminal
+
+    def settle(n):
+        """Wait for all but n of the steps that were begun, and count them."""
+        nonlocal since
+        while len(begun) > n:
+            loss, norm = over_processes([x / world for x in begun.pop(0).tolist()], device, world)
+            stop_if_not_finite(loss + norm, state["step"], config)                        # before anything is saved
+            now = time.perf_counter()
+            seconds.append(now - since)
+            since = now
+            state.update(step=state["step"] + 1, loss_sum=state["loss_sum"] + loss, loss_count=state["loss_count"] + 1,
+                         seconds=state["seconds"] + seconds[-1])
+            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed(seconds[-20:], tokens_per_step):,.0f}")
+            bar.update()
 
     def rate():
         """Tokens a second of the steps made here, or before a resumption if none was."""
         return speed(seconds or [state["seconds"] / max(1, state["step"])], tokens_per_step)
 
-    quiet = rank > 0 or None  # None: no bar where there is no terminal
     with interrupts(say) as received, tqdm(total=config.steps, initial=first, unit="step", disable=quiet) as bar:
         for step in range(first, config.steps + 1):
             if step % config.eval_every == 0 or step == config.steps:
+                settle(0)
                 nats = evaluate(model, data["valid"], config.block_size, micro, device, autocast, rank, world)
                 stop_if_not_finite(nats, step, config)
                 say(f"step {step:5d}  valid {nats:.4f} nats, perplexity {perplexity(nats):.2f} per {unit}")
@@ -632,14 +651,12 @@ def train(config, model=None):
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
-            began = time.perf_counter()
-            loss = train_step(model, optimizer, data["train"], config, step, device, autocast, rank, world)
-            seconds.append(time.perf_counter() - began)
-            state.update(step=step + 1, loss_sum=state["loss_sum"] + loss, loss_count=state["loss_count"] + 1,
-                         seconds=state["seconds"] + seconds[-1])
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed(seconds[-20:], tokens_per_step):,.0f}")
-            bar.update()
+            if not begun:
+                since = time.perf_counter()
+            begun.append(train_step(model, optimizer, data["train"], config, step, device, autocast, rank, world))
+            settle(steps_ahead(device))
             if over_processes([len(received)], device, world)[0]:
+                settle(0)
                 save("last.pt")
                 say(f"stopped after step {step + 1}, saved: add --resume to the command to go on")
                 raise SystemExit(130)
