@@ -79,6 +79,7 @@ class LlamaConfig:
     batch_size: int = opt(8, "dialogues a step")
     seed: int = opt(0, "of the order of the dialogues and the first low-rank weights")
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    compile: bool = opt(False, "torch.compile what stage 1 computes of all pairs: less memory and time on a GPU")
     dtype: str = opt("auto", "of the model's weights; maps and states stay float32", ("auto", "float32", "bfloat16"))
     # what is measured
     generate_batch: int = opt(128, "summaries that are written at once")
@@ -89,7 +90,7 @@ class LlamaConfig:
         check_least(self, max_length=1, max_new_tokens=1, rank=1, batch_size=1, generate_batch=1, speed_batch=1)
 
 
-MACHINE = {"attentions", "out", "device", "generate_batch", "gradient_checkpointing"}  # rows may differ in these
+MACHINE = {"attentions", "out", "device", "compile", "generate_batch", "gradient_checkpointing"}  # rows may differ in these
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def fit(groups, examples, epochs, config, label, step_loss):
 
 
 @torch.no_grad()
-def imitate(model, ids, mask, learn=False):
+def imitate(model, ids, mask, learn=False, loss=imitation_loss):
     """The teacher reads ids (B, T), and each layer's maps are compared with its weights: (layers, 2), as in the loss.
 
     The teacher is the swapped model with softmax's output passed on. What a layer reads depends on no map, so with
@@ -294,7 +295,7 @@ def imitate(model, ids, mask, learn=False):
         with torch.set_grad_enabled(learn):
             phi_q, phi_k = attention.map_q(q, is_query=True), attention.map_k(k)
             k, phi_k = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, phi_k))
-            both = torch.stack(imitation_loss(q, k, phi_q, phi_k, keep=mask.bool()))
+            both = torch.stack(loss(q, k, phi_q, phi_k, keep=mask.bool()))
             if learn:
                 both[0].backward()
         losses.append(both.detach())
@@ -316,8 +317,10 @@ def distill(model, examples, config, device):
     groups = [([p.requires_grad_() for p in maps_of(layer).values()], config.distill_lr)
               for layer in model.model.layers]  # layers are problems of their own, also in clipping
 
+    loss = torch.compile(imitation_loss, dynamic=True) if config.compile else imitation_loss
+
     def step_loss(batch):
-        return imitate(model, *pad([x["ids"] for x in batch], False, device), learn=True)[:, 0].mean()
+        return imitate(model, *pad([x["ids"] for x in batch], False, device), learn=True, loss=loss)[:, 0].mean()
 
     return fit(groups, examples, config.distill_epochs, config, "distilling", step_loss)
 
