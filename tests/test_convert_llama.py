@@ -334,6 +334,22 @@ def test_distillation_moves_the_maps_alone_and_nearer_to_softmax(kind):
     assert all(0 <= b < a for a, b in zip(kl, closer))
 
 
+def test_distillation_compiled_is_the_same_for_batches_of_every_length(monkeypatch):
+    """Through a stand-in for the compiler, which takes a minute: what is compiled, how, and that it is what runs."""
+    lengths = set()
+
+    def compiler(function, dynamic):
+        assert function is convert_llama.imitation_loss and dynamic
+        return lambda q, *args, **kwargs: (lengths.add(q.shape[2]), function(q, *args, **kwargs))[1]
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    models = [swap(tiny(kind=None, dtype=torch.float32), "hedgehog") for _ in range(2)]
+    for model, compiled in zip(models, (False, True)):
+        convert_llama.distill(model, examples(), replace(CONFIG, compile=compiled), CPU)
+        assert (len(lengths) > 1) == compiled
+    assert all(torch.equal(p, parameters(models[1])[name]) for name, p in parameters(models[0]).items())
+
+
 @pytest.mark.parametrize("map_lr", [0.0, 1e-2])
 @pytest.mark.parametrize("kind", [None, "hedgehog"])
 def test_lora_adds_low_rank_updates_to_the_projections_and_moves_the_maps_only_if_told_to(kind, map_lr):
