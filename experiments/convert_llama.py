@@ -90,7 +90,8 @@ class LlamaConfig:
         check_least(self, max_length=1, max_new_tokens=1, rank=1, batch_size=1, generate_batch=1, speed_batch=1)
 
 
-MACHINE = {"attentions", "out", "device", "compile", "generate_batch", "gradient_checkpointing"}  # rows may differ in these
+# what rows of one table may differ in
+MACHINE = {"attentions", "out", "device", "compile", "generate_batch", "gradient_checkpointing"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
