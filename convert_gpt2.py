@@ -56,6 +56,8 @@ class ConvertConfig:
     temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
     chunk_size: int = opt(64, "tokens whose attention weights are formed at once")
     segment_size: int = opt(256, "tokens whose features are held at once while finetuning; 0: all, more memory")
+    short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; it starts as the "
+                          "identity and learns in stage 2; 0: as the teacher, mostly none")
     dropout: float = opt(0.0, "while finetuning")
     # stage 1: the maps alone learn to imitate softmax's weights
     maps: str = opt("", "start from the maps of this checkpoint: a distilled/last.pt, or any of a model like this one")
@@ -87,9 +89,13 @@ class ConvertConfig:
         if not (self.distill_steps >= 0 and self.block_size >= 0 and 0 <= self.warmup <= 1):
             raise ValueError(f"--distill-steps {self.distill_steps} and --block-size {self.block_size} must be at "
                              f"least 0 and --warmup {self.warmup} in [0, 1]")
-        if self.name == "softmax" != self.attention or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
+        plain = self.attention == "softmax" and not self.short_conv
+        if self.name == "softmax" and not plain or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
             raise ValueError(f"--name {self.name!r} must be letters, digits and . + = - _ and begin with one of the "
                              "first; softmax is the name of the finetuned teacher")
+        if self.short_conv and self.lora_rank:
+            raise ValueError("--lora-rank trains low-rank updates alone, so --short-conv would stay the identity: "
+                             "leave out one of them")
         if self.batch_size % max(1, self.accum):
             raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accum {self.accum}")
 
@@ -110,13 +116,14 @@ def table_folder(config):
 
 def run_name(config):
     undistilled = config.attention != "softmax" and not config.distill_steps and not config.maps
-    return config.name or config.attention + ("-undistilled" if undistilled else "")
+    convolution = f"-conv{config.short_conv}" if config.short_conv else ""
+    return config.name or config.attention + convolution + ("-undistilled" if undistilled else "")
 
 
 def saved_config(config):
     path = table_folder(config) / run_name(config) / "config.json"
     try:
-        saved = json.loads(path.read_text())["config"]
+        saved = dict(short_conv=0) | json.loads(path.read_text())["config"]  # a run may be older than the flag
         return {f.name: saved[f.name] for f in fields(ConvertConfig)}
     except FileNotFoundError:
         raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name or "
@@ -158,17 +165,22 @@ def gpt2_files():
 
 
 def swap(teacher, config):
-    """A GPT with the teacher's weights and linear attention: what is new in it is exactly the feature maps."""
+    """A GPT with the teacher's weights and linear attention: what is new in it is exactly the feature maps, and with
+    --short-conv the convolutions, which start as the identity."""
     block_size, longest = config.block_size or teacher.config.block_size, teacher.config.block_size
     if block_size > longest:
         raise ValueError(f"--block-size {block_size}: the teacher knows {longest} positions, take at most that")
+    before, short_conv = teacher.config.short_conv, getattr(config, "short_conv", 0)
+    if short_conv and before not in (0, short_conv):
+        raise ValueError(f"--short-conv {short_conv}: the teacher has one of {before} tokens, leave the flag out")
     options = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+    options |= {"block_size": block_size, "short_conv": short_conv or before}
     torch.manual_seed(config.seed)  # performer draws its features
-    student = GPT(replace(teacher.config, **options | {"block_size": block_size}))
+    student = GPT(replace(teacher.config, **options))
     weights = teacher.state_dict()
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
     new, left = student.load_state_dict(weights, strict=False)
-    assert not left and all(".map_" in name for name in new)
+    assert not left and all(".map_" in name or short_conv > before and "short_conv" in name for name in new)
     if config.maps:
         load_maps(student, config.maps)
     return student
@@ -353,6 +365,10 @@ class Results:
     def find(self, **values):
         return [row for row in self.rows if values.items() <= row.items()]
 
+    def references(self, values):
+        """The finetuned teachers, as they were: with no convolution of --short-conv."""
+        return [row for row in self.find(attention="softmax", stage="finetuned", **values) if not row.get("short_conv")]
+
     def add(self, **row):
         replaced = self.find(name=row["name"], stage=row["stage"], tokens=row["tokens"])
         row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device)
@@ -368,7 +384,7 @@ class Results:
         lines = [form(*head)]
         for r in self.rows:
             tokens = dict(tokens=r["tokens"]) if r["stage"] == "finetuned" else {}
-            finetuned = self.find(attention="softmax", stage="finetuned", **tokens)
+            finetuned = self.references(tokens)
             ppl = "valid_ppl" if r["test_ppl"] is None else "test_ppl"
             ratio = r[ppl] / min(finetuned, key=lambda r: r["valid_nats"])[ppl] if finetuned else None
             numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (ratio, 3), (r["seconds"], 0))
@@ -409,14 +425,14 @@ def convert(config):
     start_run(folder / name, config, device, say)
     if not results.find(**base):
         results.add(**base, **before)
-    same = dict(attention="softmax", stage="finetuned", tokens=config.steps * config.batch_size * stage2.block_size)
-    if config.reference and config.attention != "softmax" and config.steps and not results.find(**same):
+    same, changed = dict(tokens=config.steps * config.batch_size * stage2.block_size), config.attention != "softmax"
+    if config.reference and (changed or config.short_conv) and config.steps and not results.references(same):
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
-        reference = replace(config, attention="softmax", name="", maps="", export="")
+        reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0)
         results = convert(replace(reference, resume=config.resume and was_begun(reference)))
 
-    row = dict(name=name, attention=config.attention)
-    if config.attention != "softmax":
+    row = dict(name=name, attention=config.attention, short_conv=config.short_conv)
+    if changed:
         student, learns = student.to(device), bool(maps_of(student))
         if not config.maps:
             kl = faithfulness(student, data["valid"], stage1, device, autocast)

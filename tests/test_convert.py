@@ -281,6 +281,35 @@ def test_stage_1_trains_the_maps_alone_and_stage_2_everything(command, tmp_path,
     assert not any(torch.equal(after[name], {**before, **maps}[name]) for name in after if "wpe" not in name)
 
 
+def test_a_convolution_starts_as_the_identity_and_learns_while_finetuning(command, tmp_path, teacher):
+    softmax, idx = load_model(teacher / "best.pt")[0], torch.randint(256, (2, 32))
+    plain, student = swap(softmax, ConvertConfig()), swap(softmax, ConvertConfig(short_conv=3))
+    torch.testing.assert_close(student(idx)[0], plain(idx)[0])
+    # With the rows of the first command there, the second needs no reference of its own, and is compared with that.
+    command("--attention", "softmax")
+    results = command("--short-conv", "3")
+    assert [(r["name"], r["short_conv"], r["stage"]) for r in results.rows[1:]] == [("softmax", 0, "finetuned")] + [
+        ("hedgehog-conv3", 3, stage) for stage in ("swapped", "distilled", "finetuned")]
+    assert not any("short_conv" in n for n in load_checkpoint(
+        tmp_path / "table/hedgehog-conv3/distilled/last.pt")["model"])
+    trained = load_model(tmp_path / "table/hedgehog-conv3/finetuned/last.pt")[0]
+    for block in trained.transformer.h:
+        assert not torch.equal(block.attn.short_conv.weight[1], torch.zeros(48)) and trained.config.short_conv == 3
+    before = swap(trained_softmax := small_gpt(attention="softmax", short_conv=3), ConvertConfig())
+    assert before.config.short_conv == 3 and trained_softmax.config.short_conv == 3      # a teacher keeps its own
+    with pytest.raises(ValueError, match="--short-conv 4: the teacher has one of 3 tokens"):
+        swap(trained_softmax, ConvertConfig(short_conv=4))
+
+
+def test_softmax_with_a_convolution_is_no_reference(command):
+    results = command("--attention", "softmax", "--short-conv", "3")
+    assert [(r["name"], r["short_conv"]) for r in results.rows[1:]] == [("softmax", 0), ("softmax-conv3", 3)]
+    row = results.rows[2]
+    results.add(**{k: v for k, v in row.items() if k not in ("valid_nats", "valid_ppl", "test_ppl")},
+                valid_nats=0.0, valid_ppl=1.0, test_ppl=1.0)
+    assert "1.000" in str(results).splitlines()[2].split() and "1.000" not in str(results).splitlines()[3].split()
+
+
 def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch):
     command()
     whole, parts = tmp_path / "whole", tmp_path / "table"
@@ -702,6 +731,10 @@ BAD_FLAGS = {
     "no maps": (["--maps", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     "a name that is a path": (["--name", "../elsewhere"], "--name '../elsewhere' must be letters"),
     "the name of the finetuned teacher": (["--name", "softmax"], "softmax is the name of the finetuned teacher"),
+    "that name for softmax with a convolution": (
+        ["--attention", "softmax", "--short-conv", "3", "--name", "softmax"], "the name of the finetuned teacher"),
+    "a convolution that nothing trains": (["--short-conv", "3", "--lora-rank", "2"], "leave out one of them"),
+    "a convolution of less than nothing": (["--short-conv", "-1"], "short_conv=-1 must be at least 0"),
     "nothing to resume": (["--resume"], "no conversion at .*leave out --resume"),
 }
 
