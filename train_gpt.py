@@ -563,9 +563,19 @@ def train_step(model, optimizer, tokens, config, step, device, autocast, rank, w
     return torch.stack((total, norm))
 
 
-def steps_ahead(device):
-    """How many steps are begun before the last one is waited for: a GPU never idles while the CPU reads a batch."""
-    return 1 if device.type == "cuda" else 0
+def steps_ahead(device, world):
+    """How many steps are begun before the last one is waited for, so that a GPU has work while the CPU reads a batch.
+    Several processes agree on the loss after each step, which waits for all that was begun: none there."""
+    return 1 if device.type == "cuda" and world == 1 else 0
+
+
+def send_home(values):
+    """(copy on the CPU, event after which it is there or None). A copy that is begun now waits for no later step."""
+    if values.device.type != "cuda":
+        return values, None
+    copy, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+    return copy, arrived
 
 
 def stop_if_not_finite(value, step, config):
@@ -621,7 +631,10 @@ def train(config, model=None):
         """Wait for all but n of the steps that were begun, and count them."""
         nonlocal since
         while len(begun) > n:
-            loss, norm = over_processes([x / world for x in begun.pop(0).tolist()], device, world)
+            values, arrived = begun.pop(0)
+            if arrived:
+                arrived.synchronize()
+            loss, norm = over_processes([x / world for x in values.tolist()], device, world)
             stop_if_not_finite(loss + norm, state["step"], config)                        # before anything is saved
             now = time.perf_counter()
             seconds.append(now - since)
@@ -653,8 +666,9 @@ def train(config, model=None):
                 break
             if not begun:
                 since = time.perf_counter()
-            begun.append(train_step(model, optimizer, data["train"], config, step, device, autocast, rank, world))
-            settle(steps_ahead(device))
+            values = train_step(model, optimizer, data["train"], config, step, device, autocast, rank, world)
+            begun.append(send_home(values))
+            settle(steps_ahead(device, world))
             if over_processes([len(received)], device, world)[0]:
                 settle(0)
                 save("last.pt")

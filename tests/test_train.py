@@ -62,7 +62,7 @@ def script(*command, **options):
 def test_a_resumed_run_continues_to_the_last_bit(text_dir, tmp_path, monkeypatch, attention, ahead):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(config(text_dir, whole, "--attention", attention))
-    monkeypatch.setattr(train_gpt, "steps_ahead", lambda device: ahead)  # as on a GPU: the same curve
+    monkeypatch.setattr(train_gpt, "steps_ahead", lambda device, world: ahead)  # as on a GPU: the same curve
     with monkeypatch.context() as m:
         m.setattr(train_gpt, "interrupts", lambda say: stop_after(4))  # not at an evaluation
         with pytest.raises(SystemExit) as stopped:
@@ -504,7 +504,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(te
             hook.remove()
 
     monkeypatch.setattr(train_gpt, "train_step", step)
-    monkeypatch.setattr(train_gpt, "steps_ahead", lambda device: ahead)
+    monkeypatch.setattr(train_gpt, "steps_ahead", lambda device, world: ahead)
     with pytest.raises(ValueError, match=f"the loss or its gradient is .* at step {bad_step}, .* is good: lower --lr"):
         train(config(text_dir, tmp_path, "--eval-every", "3"))
     last = load_checkpoint(tmp_path / "last.pt")
