@@ -89,8 +89,7 @@ class ConvertConfig:
         if not (self.distill_steps >= 0 and self.block_size >= 0 and 0 <= self.warmup <= 1):
             raise ValueError(f"--distill-steps {self.distill_steps} and --block-size {self.block_size} must be at "
                              f"least 0 and --warmup {self.warmup} in [0, 1]")
-        plain = self.attention == "softmax" and not self.short_conv
-        if self.name == "softmax" and not plain or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
+        if self.name == "softmax" and not self.plain or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
             raise ValueError(f"--name {self.name!r} must be letters, digits and . + = - _ and begin with one of the "
                              "first; softmax is the name of the finetuned teacher")
         if self.short_conv and self.lora_rank:
@@ -98,6 +97,11 @@ class ConvertConfig:
                              "leave out one of them")
         if self.batch_size % max(1, self.accum):
             raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accum {self.accum}")
+
+    @property
+    def plain(self):
+        """The teacher as it is, only finetuned: what every other conversion is compared with."""
+        return self.attention == "softmax" and not self.short_conv
 
 
 PRESETS = {
@@ -365,8 +369,8 @@ class Results:
     def find(self, **values):
         return [row for row in self.rows if values.items() <= row.items()]
 
-    def references(self, values):
-        """The finetuned teachers, as they were: with no convolution of --short-conv."""
+    def references(self, **values):
+        """The rows of the plain teacher, finetuned: with no convolution of --short-conv."""
         return [row for row in self.find(attention="softmax", stage="finetuned", **values) if not row.get("short_conv")]
 
     def add(self, **row):
@@ -384,7 +388,7 @@ class Results:
         lines = [form(*head)]
         for r in self.rows:
             tokens = dict(tokens=r["tokens"]) if r["stage"] == "finetuned" else {}
-            finetuned = self.references(tokens)
+            finetuned = self.references(**tokens)
             ppl = "valid_ppl" if r["test_ppl"] is None else "test_ppl"
             ratio = r[ppl] / min(finetuned, key=lambda r: r["valid_nats"])[ppl] if finetuned else None
             numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (ratio, 3), (r["seconds"], 0))
@@ -425,14 +429,14 @@ def convert(config):
     start_run(folder / name, config, device, say)
     if not results.find(**base):
         results.add(**base, **before)
-    same, changed = dict(tokens=config.steps * config.batch_size * stage2.block_size), config.attention != "softmax"
-    if config.reference and (changed or config.short_conv) and config.steps and not results.references(same):
+    n_tokens = config.steps * config.batch_size * stage2.block_size
+    if config.reference and not config.plain and config.steps and not results.references(tokens=n_tokens):
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
         reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0)
         results = convert(replace(reference, resume=config.resume and was_begun(reference)))
 
     row = dict(name=name, attention=config.attention, short_conv=config.short_conv)
-    if changed:
+    if config.attention != "softmax":
         student, learns = student.to(device), bool(maps_of(student))
         if not config.maps:
             kl = faithfulness(student, data["valid"], stage1, device, autocast)

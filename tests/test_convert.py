@@ -290,6 +290,7 @@ def test_a_convolution_starts_as_the_identity_and_learns_while_finetuning(comman
     results = command("--short-conv", "3")
     assert [(r["name"], r["short_conv"], r["stage"]) for r in results.rows[1:]] == [("softmax", 0, "finetuned")] + [
         ("hedgehog-conv3", 3, stage) for stage in ("swapped", "distilled", "finetuned")]
+    assert not (tmp_path / "table/softmax-1").exists()                                   # where a second would move it
     assert not any("short_conv" in n for n in load_checkpoint(
         tmp_path / "table/hedgehog-conv3/distilled/last.pt")["model"])
     trained = load_model(tmp_path / "table/hedgehog-conv3/finetuned/last.pt")[0]
@@ -299,6 +300,16 @@ def test_a_convolution_starts_as_the_identity_and_learns_while_finetuning(comman
     assert before.config.short_conv == 3 and trained_softmax.config.short_conv == 3      # a teacher keeps its own
     with pytest.raises(ValueError, match="--short-conv 4: the teacher has one of 3 tokens"):
         swap(trained_softmax, ConvertConfig(short_conv=4))
+
+
+def test_a_conversion_older_than_the_convolution_resumes(command, tmp_path):
+    before = command("--attention", "softmax").rows
+    path = tmp_path / "table/softmax/config.json"
+    about = json.loads(path.read_text())
+    assert about["config"].pop("short_conv") == 0
+    path.write_text(json.dumps(about))
+    assert [r["valid_nats"] for r in command("--attention", "softmax", "--resume").rows] == [
+        r["valid_nats"] for r in before]
 
 
 def test_softmax_with_a_convolution_is_no_reference(command):

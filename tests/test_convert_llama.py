@@ -580,6 +580,15 @@ def test_a_second_text_may_be_read_while_distilling(folder, tmp_path):
     assert [t for x in data["distill"][7:] for t in x["ids"]] == data["text"]
 
 
+def test_the_table_has_its_updates_learn_the_text(folder, tmp_path, monkeypatch):
+    real, learned = convert_llama.finetune, []
+    monkeypatch.setattr(convert_llama, "finetune", lambda *args: (learned.append(args[4]), real(*args))[1])
+    flags = f"--attentions softmax --limit 2 --generate-lengths 0 --lora-text {folder / 'text.txt'}"
+    convert_llama.main(parse(folder, tmp_path / "rows.json", flags))
+    ids = convert_llama.read_text(folder / "text.txt", make_tokenizer())
+    assert [[t for x in text for t in x["ids"]] for text in learned] == [ids]
+
+
 def test_a_text_may_be_learned_before_the_summaries(folder, tmp_path):
     text = folder / "text.txt"
     config = parse(folder, tmp_path / "rows.json", f"--lora-text {text} --text {text} --max-length 90")
