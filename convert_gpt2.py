@@ -38,7 +38,7 @@ MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 
 @dataclass
 class ConvertConfig:
-    preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "gpt2"))
+    preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "wikitext103-fast", "gpt2"))
     teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json; a run or .pt file of "
                        "train_gpt.py. Default: runs/tiny-softmax, trained if it is not there")
     attention: str = opt("hedgehog", "the feature map; softmax: only finetune the teacher", ATTENTIONS)
@@ -53,6 +53,7 @@ class ConvertConfig:
     feature_bias: bool = opt(False, "bias in the feature maps")
     tie_qk: bool = opt(False, "one feature map for queries and keys")
     map_scale: float = opt(1.0, "feature maps start from this times the identity")
+    learn_temperature: bool = opt(False, "one more learned number a head and map, exp(number) times W")
     temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
     chunk_size: int = opt(64, "tokens whose attention weights are formed at once")
     segment_size: int = opt(256, "tokens whose features are held at once while finetuning; 0: all, more memory")
@@ -107,6 +108,10 @@ class ConvertConfig:
 PRESETS = {
     # Small steps of a small model: it learns more in two minutes at these rates than at the paper's.
     "tiny": dict(distill_batch_size=4, distill_lr=3e-2, lr=2e-3),
+    # The teacher that train_gpt.py makes in ten minutes of an H100, converted in as many.
+    "wikitext103-fast": dict(
+        teacher="runs/wikitext103-fast-softmax", data="data/wikitext103", distill_steps=2000, steps=2000, batch_size=32,
+        eval_every=500, chunk_size=128, segment_size=0, compile=True),
     # Distil 2 epochs of 118M tokens, 8 x 1,024 a step, then train all weights at 6e-4: the paper. Its batch and length
     # of the second stage are not known to us: one epoch of the same batch here.
     "gpt2": dict(teacher="gpt2", data="data/wikitext103", distill_steps=2 * 14394, steps=14394, eval_every=1000,
@@ -353,27 +358,40 @@ def stage_config(config, model, stage, **changes):
     return TrainConfig(**given | dict(warmup=round(config.warmup * given["steps"]), resume=resume))
 
 
+def references(rows, tokens=None):
+    """The rows of the plain teacher, finetuned (for so many tokens): with no convolution of --short-conv."""
+    return [row for row in rows if row["attention"] == "softmax" and row["stage"] == "finetuned"
+            and not row.get("short_conv") and tokens in (None, row["tokens"])]
+
+
+def ratio(row, rows):
+    """Its perplexity over that of the best teacher that was finetuned for as many tokens (a row of another stage: for
+    any), on the test split if there is one. None without such a teacher."""
+    beside = references(rows, row["tokens"] if row["stage"] == "finetuned" else None)
+    ppl = "valid_ppl" if row["test_ppl"] is None else "test_ppl"
+    return row[ppl] / min(beside, key=lambda r: r["valid_nats"])[ppl] if beside else None
+
+
 class Results:
     """summary.json of --out: a row for each stage of each conversion, whatever run made it."""
 
     def __init__(self, folder, device):
         self.path, self.device = folder / "summary.json", device
-        self.rows = []
-        if self.path.exists():
-            try:
-                self.rows = json.loads(self.path.read_text())
-                assert all(row["stage"] and row["name"] for row in self.rows)
-            except (ValueError, TypeError, LookupError, AssertionError):
-                raise ValueError(f"{self.path} is damaged, or of train_gpt.py: choose another --out") from None
+        self.rows = self.read()
+
+    def read(self):
+        try:
+            rows = json.loads(self.path.read_text()) if self.path.exists() else []
+            assert all(row["stage"] and row["name"] for row in rows)
+        except (ValueError, TypeError, LookupError, AssertionError):
+            raise ValueError(f"{self.path} is damaged, or of train_gpt.py: choose another --out") from None
+        return rows
 
     def find(self, **values):
         return [row for row in self.rows if values.items() <= row.items()]
 
-    def references(self, **values):
-        """The rows of the plain teacher, finetuned: with no convolution of --short-conv."""
-        return [row for row in self.find(attention="softmax", stage="finetuned", **values) if not row.get("short_conv")]
-
     def add(self, **row):
+        self.rows = self.read()  # a conversion beside this one may have added some
         replaced = self.find(name=row["name"], stage=row["stage"], tokens=row["tokens"])
         row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device)
         self.rows = [r for r in self.rows if r not in replaced] + [row]
@@ -382,16 +400,13 @@ class Results:
                    f"perplexity {row['valid_ppl']:.2f}")
 
     def __str__(self):
-        """The table. The ratio is that of perplexities, to the best teacher that was finetuned for as many tokens."""
+        """The table."""
         head = ("name", "stage", "tokens", "nats", "valid ppl", "test ppl", "ratio", "seconds")
         form = "{:24}{:10}{:>13}{:>9}{:>11}{:>11}{:>8}{:>9}".format
         lines = [form(*head)]
         for r in self.rows:
-            tokens = dict(tokens=r["tokens"]) if r["stage"] == "finetuned" else {}
-            finetuned = self.references(**tokens)
-            ppl = "valid_ppl" if r["test_ppl"] is None else "test_ppl"
-            ratio = r[ppl] / min(finetuned, key=lambda r: r["valid_nats"])[ppl] if finetuned else None
-            numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (ratio, 3), (r["seconds"], 0))
+            to_teacher = ratio(r, self.rows)
+            numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (to_teacher, 3), (r["seconds"], 0))
             lines.append(form(r["name"], r["stage"], f"{r['tokens']:,}",
                               *("-" if x is None else f"{x:.{digits}f}" for x, digits in numbers)))
         return "\n".join(lines)
@@ -430,7 +445,7 @@ def convert(config):
     if not results.find(**base):
         results.add(**base, **before)
     n_tokens = config.steps * config.batch_size * stage2.block_size
-    if config.reference and not config.plain and config.steps and not results.references(tokens=n_tokens):
+    if config.reference and not config.plain and config.steps and not references(results.rows, n_tokens):
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
         reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0)
         results = convert(replace(reference, resume=config.resume and was_begun(reference)))

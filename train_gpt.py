@@ -604,7 +604,7 @@ def train(config, model=None):
     prompt = encode_prompt(tokenizer, config.prompt)
     if rank == 0:
         start_folder(out, config, raw, data["meta"], device, say)
-    model = torch.compile(raw) if config.compile else raw
+    model = torch.compile(raw) if config.compile and config.steps else raw
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)   # they never change

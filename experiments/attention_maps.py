@@ -76,7 +76,7 @@ def table(rows):
 
 def main(args):
     config = PropertiesConfig(teacher=args.checkpoint, data=args.data, maps=args.maps, device=args.device,
-                              distill_steps=args.distill_steps)
+                              distill_steps=args.distill_steps, distill_lr=args.distill_lr, compile=args.compile)
     teacher, data, device = teacher_and_text(config)
     T, tokenizer = teacher.config.block_size, load_tokenizer(data["meta"]["tokenizer"])
     short = args.short or T // 4
@@ -113,6 +113,8 @@ def parse(argv=None):
     add("--other", default=argparse.__file__, help="a text of another kind: Python code by default")
     add("--maps", default="runs/convert-tiny", help="distilled maps are read from here, or made and kept here")
     add("--distill-steps", type=int, default=400, help="optimizer steps of a distillation")
+    add("--distill-lr", type=float, default=1e-2, help="its peak learning rate")
+    add("--compile", action="store_true", help="torch.compile its loss: for long contexts on a GPU")
     add("--short", type=int, default=0, help="length to distil at for longer contexts; 0: a quarter of the teacher's")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     add("--out", default="experiments/results/attention_maps.json", help="the table; the picture goes beside it")

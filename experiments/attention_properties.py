@@ -40,6 +40,7 @@ class PropertiesConfig:
     maps: str = opt("runs/convert-tiny", "distilled maps are read from here, or made and kept here")
     distill_steps: int = opt(400, "optimizer steps of a distillation")
     distill_lr: float = opt(1e-2, "its peak learning rate")
+    compile: bool = opt(False, "torch.compile its loss: for long contexts on a GPU")
     blocks: int = opt(8, "blocks of held-out text")
     seed: int = opt(0, "of the distillation and of performer's random projections")
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
@@ -56,7 +57,8 @@ def teacher_and_text(config):
 
 def student(teacher, data, config, device, block_size=None, **options):
     """The teacher with linear attention. Its maps are distilled now, unless an earlier call has kept them."""
-    options = dict(distill_steps=config.distill_steps, distill_lr=config.distill_lr, seed=config.seed) | options
+    options = dict(distill_steps=config.distill_steps, distill_lr=config.distill_lr, seed=config.seed,
+                   compile=config.compile) | options
     convert = ConvertConfig(teacher=config.teacher, data=config.data, out=config.maps, resume=True, **options)
     torch.manual_seed(config.seed)                                                        # performer draws its w_i
     model = swap(teacher, convert).to(device).eval()

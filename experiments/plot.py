@@ -8,6 +8,7 @@ background, to be read on a white page and on a dark one; shown 880 pixels wide,
 import argparse
 import csv
 import json
+import math
 from pathlib import Path
 
 try:
@@ -206,19 +207,67 @@ def attention_maps(path):
 
 
 def conversion(path):
-    rows = [row for row in json.loads(path.read_text()) if row["stage"] in ("teacher", "finetuned")]
-    ppl = {f"{row['name']}, {row['stage']}" if row["name"] != "teacher" else "softmax, teacher":
-           row["valid_ppl"] if row.get("test_ppl") is None else row["test_ppl"] for row in rows}
-    fig, [[ax]] = figure(height=0.9 + 0.36 * len(ppl))
-    bars(ax, list(ppl), list(ppl.values()), "perplexity (lower is better)")
-    best = min((name for name in ppl if not name.startswith("softmax")), key=ppl.get, default="softmax, teacher")
-    save(fig, path.with_suffix(".png"), f"The best converted model, {best}, has perplexity {ppl[best]:.2f}")
+    """Left: perplexity against the finetuned teacher's, over tokens of finetuning. Right: KL from softmax, by layer."""
+    rows, lines = json.loads(path.read_text()), {}
+    for row in rows:
+        if row["stage"] == "finetuned" and row["ratio"]:
+            best = lines.setdefault(conversion_label(row, rows), {})
+            best[row["tokens"]] = min(row["ratio"], best.get(row["tokens"], math.inf))
+    fig, [[left, right]] = figure(columns=2, height=4.6)
+    lines = dict(sorted(lines.items(), key=lambda line: line[1][max(line[1])]))
+    for i, (name, points) in enumerate(lines.items()):
+        x, y = zip(*sorted(points.items()))
+        left.plot([tokens / 1e6 for tokens in x], y, marker="o", label=name,
+                  color=GREY if name == "softmax" else COLORS[i % len(COLORS)])
+    left.set(xscale="log", xlabel="tokens of finetuning, millions", ylabel="perplexity / finetuned teacher's")
+    ticks = sorted({tokens / 1e6 for points in lines.values() for tokens in points})
+    left.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    left.minorticks_off()
+    left.legend()
+    drawn = {}
+    for row in rows:  # maps that learn are drawn distilled, and those of the longest distillation
+        last = drawn.get(row["attention"], row)
+        if "kl" in row and (row["stage"] == "distilled", row["tokens"]) >= (last["stage"] == "distilled", last["tokens"]):
+            drawn[row["attention"]] = row
+    for i, (name, row) in enumerate(sorted(drawn.items(), key=lambda item: item[1]["mean_kl"])):
+        stage = {"distilled": "distilled", "swapped": "as it is"}[row["stage"]]
+        right.plot(range(len(row["kl"])), row["kl"], marker="o", label=f"{name}, {stage}", color=COLORS[i % len(COLORS)])
+    right.set(xlabel="layer", ylabel="KL from softmax (nats)")
+    right.legend()
+    name = next((name for name in lines if name != "softmax"), None)
+    tokens = max(lines[name]) if name else 0
+    save(fig, path.with_suffix(".png"), f"{name}: {lines[name][tokens]:.3f} times the teacher's perplexity after "
+         f"{tokens / 1e6:.3g}M tokens" if name else "The teacher alone")
+
+
+def conversion_label(row, rows):
+    """What a line of the figure is: the attention and what was added to it or left out, whatever the rates."""
+    distilled = any(r["name"] == row["name"] and r["stage"] == "distilled" for r in rows)
+    learns = row["attention"] in ("hedgehog", "hedgehog_exp", "t2r")
+    convolution = f", convolution of {row['short_conv']}" if row.get("short_conv") else ""
+    return row["attention"] + convolution + (", undistilled" if learns and not distilled else "")
+
+
+def layers(path):
+    found = json.loads(path.read_text())
+    rows, x = found["rows"], range(len(found["rows"]))
+    fig, [[ax]] = figure(height=3.4)
+    ax.bar(x, [row["alone"] for row in rows], color=COLORS[0])
+    ax.axhline(found["all"], color=GREY, linestyle="--", linewidth=1.2)
+    ax.text(-0.4, found["all"], "in all layers", va="bottom", color=GREY)
+    ax.set_xticks(x, [row["layer"] for row in rows])
+    ax.set(xlabel=f"layer with {found['attention']} instead of softmax", ylabel="loss gained (nats)")
+    ax.grid(axis="x", visible=False)
+    worst, total = max(rows, key=lambda row: row["alone"]), sum(row["alone"] for row in rows)
+    save(fig, path.with_suffix(".png"), f"One layer alone costs at most {worst['alone']:.3f} nats (layer "
+         f"{worst['layer']}), all one by one {total:.2f}, together {found['all']:.2f}")
 
 
 FIGURES = (("tiny", loss_curves), ("wikitext103", loss_curves), ("wikitext103/summary.json", perplexities),
            ("benchmark-cpu.json", benchmark), ("benchmark-cuda.json", benchmark),
            ("associative_recall.json", associative_recall), ("attention_properties.json", properties),
-           ("attention_maps.json", attention_maps), ("convert/summary.json", conversion))
+           ("attention_maps.json", attention_maps), ("convert/summary.json", conversion),
+           ("convert/layers.json", layers))
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -380,11 +380,26 @@ def test_a_map_without_parameters_skips_distillation_with_a_sentence(command, fl
 @pytest.mark.parametrize("flags, name", [
     (["--attention", "t2r"], "t2r"), (["--attention", "hedgehog_exp", "--tie-qk"], "hedgehog_exp"),
     (["--feature-bias", "--map-scale", "0.5", "--name", "biased"], "biased"),
+    (["--learn-temperature", "--name", "warm"], "warm"),
     (["--distill-steps", "0"], "hedgehog-undistilled"), (["--block-size", "16"], "hedgehog")])
 def test_named_options_and_other_maps_are_converted(command, flags, name):
     rows = command(*flags, "--no-reference", "--steps", "1").rows
     assert {r["name"] for r in rows[1:]} == {name} and all(math.isfinite(r["test_ppl"]) for r in rows)
     assert ("distilled" in [r["stage"] for r in rows]) == (name != "hedgehog-undistilled")
+
+
+def test_a_learned_temperature_is_distilled_with_the_maps(command, tmp_path):
+    command("--learn-temperature", "--no-reference", "--steps", "1")
+    maps = load_checkpoint(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")["model"]
+    learned = [p for name, p in maps.items() if name.endswith("log_temperature")]
+    assert len(learned) == 4 and all(p.abs().max() > 0 for p in learned)                  # q and k of two layers
+
+
+def test_conversions_that_run_side_by_side_keep_each_others_rows(tmp_path):
+    one, two = (convert_gpt2.Results(tmp_path, CPU) for _ in range(2))
+    for results, name in ((one, "elu"), (two, "relu"), (one, "t2r")):
+        results.add(name=name, attention=name, stage="swapped", tokens=0, valid_nats=1.0, valid_ppl=math.e)
+    assert [row["name"] for row in one.rows] == ["elu", "relu", "t2r"]
 
 
 def test_maps_of_an_earlier_run_are_taken_over_and_measured_elsewhere(command, tmp_path):
@@ -431,6 +446,8 @@ def test_the_ratio_is_to_the_best_teacher_finetuned_for_as_many_tokens(tmp_path)
         row = dict(name=name, attention=attention, stage="finetuned", tokens=tokens)
         results.add(**row, valid_nats=nats, valid_ppl=math.exp(nats))
     lines = str(results).splitlines()
+    assert convert_gpt2.ratio(results.rows[0] | dict(stage="swapped", tokens=7), results.rows) == pytest.approx(math.e)
+    assert convert_gpt2.ratio(row | dict(tokens=7, test_ppl=None, valid_ppl=9.0), results.rows) is None
     assert f"{math.e:.3f}" in lines[-1].split() and "1.000" in lines[2].split() and "1.000" in lines[3].split()
     results.add(**row, valid_nats=1.9, valid_ppl=math.exp(1.9))  # in place of the last
     assert len(convert_gpt2.Results(tmp_path, torch.device("cpu")).rows) == 4

@@ -16,8 +16,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import associative_recall
 import attention_maps
 import attention_properties
+import conversion
+import layers
 import plot
 import wikitext103
+import convert_gpt2
 import train_gpt
 from conftest import stop_after
 from hedgehog import GPT, GPTConfig
@@ -186,6 +189,55 @@ def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_convolution(
     assert wikitext103.ratio(row("hedgehog", 15.0, short_conv=3), rows) is None
 
 
+# ---------------------------------------------------------------- conversions
+
+
+@pytest.fixture(scope="module")
+def converted(teacher):
+    """Results of convert_gpt2.py: the teacher and Hedgehog finetuned for two lengths, Hedgehog undistilled, 1 + ELU."""
+    out = teacher / "converted"
+    flags = (f"--preset wikitext103-fast --no-compile --device cpu --sample-tokens 1 --no-reference --batch-size 4 "
+             f"--distill-batch-size 2 --teacher {teacher / 'run'} --data {teacher / 'data'} --out {out}")
+    maps = f"--maps {out}/hedgehog/distilled/last.pt --distill-steps 0"
+    for more in ("--attention softmax --steps 2", "--attention softmax --steps 3 --name softmax-long",
+                 "--steps 2 --distill-steps 3 --distill-lr 0.1", f"--steps 3 --name hedgehog-long {maps}",
+                 "--steps 2 --distill-steps 0", "--attention elu --steps 2"):
+        convert_gpt2.convert(parse_config(convert_gpt2.ConvertConfig, convert_gpt2.PRESETS, [*flags.split(), *more.split()]))
+    return out
+
+
+def test_conversions_are_collected_with_ratios_curves_and_a_table(converted, tmp_path, capsys):
+    conversion.main([converted], tmp_path)
+    conversion.main([converted], tmp_path)  # again: replaced, not doubled
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    found = {(row["name"], row["stage"]): row for row in rows}
+    assert len(found) == len(rows) and sum(stage == "finetuned" for _, stage in found) == 6
+    for name, beside in (("hedgehog", "softmax"), ("hedgehog-long", "softmax-long"), ("elu", "softmax")):
+        ppl = [found[name, "finetuned"]["valid_ppl"] for name in (name, beside)]
+        assert found[name, "finetuned"]["ratio"] == pytest.approx(ppl[0] / ppl[1], rel=1e-12)
+    assert found["hedgehog", "distilled"]["options"]["distill_lr"] == 0.1
+    assert found["hedgehog", "distilled"]["mean_kl"] < found["hedgehog", "swapped"]["mean_kl"]
+    assert {path.name for path in tmp_path.glob("*.csv")} == {f"{name}.csv" for name in (
+        "softmax", "softmax-long", "hedgehog", "hedgehog-distilled", "hedgehog-long", "hedgehog-undistilled", "elu")}
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{found['elu', 'finetuned']['ratio']:.3f}" in next(line for line in lines if line.startswith("| elu |"))
+    labels = {plot.conversion_label(row, rows) for row in rows if row["stage"] == "finetuned"}
+    assert labels == {"softmax", "hedgehog", "hedgehog, undistilled", "elu"}
+
+
+def test_layers_are_swapped_one_by_one(converted, tmp_path):
+    layers.main(layers.parse([str(converted / "hedgehog"), "--device", "cpu", "--out", str(tmp_path / "layers.json")]))
+    found = json.loads((tmp_path / "layers.json").read_text())
+    results = {(row["name"], row["stage"]): row for row in json.loads((converted / "summary.json").read_text())}
+    assert found["softmax"] == pytest.approx(results["teacher", "teacher"]["valid_nats"], abs=1e-6)
+    assert found["softmax"] + found["all"] == pytest.approx(results["hedgehog", "distilled"]["valid_nats"], abs=1e-6)
+    first, second = found["rows"]
+    assert (first["alone"], second["alone"]) == pytest.approx((second["but"], first["but"]))  # of two layers
+    assert first["alone"] != pytest.approx(second["alone"], rel=1e-3)
+    with pytest.raises(ValueError, match="no conversion in .*python convert_gpt2.py"):
+        layers.main(layers.parse([str(tmp_path)]))
+
+
 # ---------------------------------------------------------------- properties and pictures
 
 
@@ -235,15 +287,19 @@ def test_properties_of_every_map_are_measured(teacher, tmp_path, capsys):
         attention_properties.main(config)
 
 
-def test_attention_maps_are_measured_and_drawn(teacher, tmp_path, capsys):
-    out = tmp_path / "attention_maps.json"
+def test_attention_maps_are_measured_and_drawn(teacher, tmp_path, capsys, monkeypatch):
+    out, compiled = tmp_path / "attention_maps.json", []
+    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)  # a stand-in: the true one takes a minute
     flags = (f"{teacher / 'run'} --data {teacher / 'data'} --text fox --distill-steps 3 --maps {tmp_path / 'maps'} "
-             f"--short 8 --device cpu --out {out}")
+             f"--short 8 --device cpu --out {out} --compile --distill-lr 0.02")
     attention_maps.main(attention_maps.parse(flags.split()))
     found = json.loads(out.read_text())
     assert {row["text"] for row in found["rows"]} == {"training", "held out", "other"}
     assert {row["context"] for row in found["rows"] if row["distilled_at"] == 8} == {8, 16, 32}
     assert all(row["mean"] > -1e-6 for row in found["rows"])
+    assert len(compiled) == 4 and set(compiled) == {convert_gpt2.imitation_loss}          # of four distillations
+    maps = train_gpt.load_checkpoint(tmp_path / "maps" / "t2r-8" / "distilled" / "last.pt")
+    assert maps["config"]["lr"] == 0.02
     assert "distilled at" in capsys.readouterr().out
 
 

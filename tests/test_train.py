@@ -103,6 +103,14 @@ def test_an_earlier_run_is_moved_aside_and_not_overwritten(text_dir, tmp_path):
     assert (tmp_path / "run-1" / "last.pt").exists()
 
 
+def test_nothing_is_compiled_for_a_run_without_steps(text_dir, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    for steps in (0, 1):
+        train(config(text_dir, tmp_path / str(steps), "--steps", str(steps), "--compile"))
+        assert len(compiled) == steps
+
+
 def test_ctrl_c_saves_before_it_leaves(text_dir, tmp_path):
     flags = [*SMALL, "--data", str(text_dir), "--out", str(tmp_path), "--steps", "100000", "--eval-every", "100000"]
     process = subprocess.Popen([sys.executable, "train_gpt.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,93 @@
+"""A trained softmax GPT, converted: how much of it is left? Results of convert_gpt2.py into one table.
+
+    python experiments/conversion.py runs/convert-wikitext103-fast
+
+The rows of each folder's summary.json are added to experiments/results/convert/summary.json (rows of the same name are
+replaced), each with the flags by which it departs from its preset; the curves of both stages go beside them, then the
+figures are drawn and the table printed. --out names another folder: sweep/ holds the runs that chose the rates.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed package
+import plot  # noqa: E402
+from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, ratio  # noqa: E402
+from train_gpt import save_json  # noqa: E402
+
+SAID_ELSEWHERE = MAY_CHANGE | {"teacher", "attention", "seed", "maps"}
+
+
+def options(folder, name):
+    """What a conversion does otherwise than its preset."""
+    config = json.loads((folder / name / "config.json").read_text())["config"]
+    usual = asdict(ConvertConfig(**PRESETS[config["preset"]]))
+    return {key: value for key, value in config.items() if value != usual[key] and key not in SAID_ELSEWHERE}
+
+
+def conversions(rows):
+    """{name: {stage: row}}, the finetuned teachers first."""
+    found = {}
+    for row in sorted(rows, key=lambda row: (row["attention"] != "softmax", row["tokens"])):
+        found.setdefault(row["name"], {})[row["stage"]] = row
+    return found
+
+
+def table(rows):
+    """Markdown, a line a conversion, a dash where nothing is known."""
+    def number(stage, key, form, scale=1):
+        value = stages.get(stage, {}).get(key)
+        return "-" if value is None else format(value / scale, form)
+
+    lines = ["| | otherwise than the preset | swapped in | distilled, M tokens | ppl | KL | GiB | finetuned, M tokens "
+             "| valid ppl | test ppl | ratio | minutes | GiB |", "|---" * 13 + "|"]
+    for name, stages in conversions(rows).items():
+        some = next(iter(stages.values()))
+        if "teacher" in stages:
+            ppl = [number("teacher", key, ".2f") for key in ("valid_ppl", "test_ppl")]
+            lines.append("| teacher | - | - | - | - | - | - | 0 | " + " | ".join(ppl) + " | - | - | - |")
+            continue
+        cells = [name, ", ".join(f"{key} {value}" for key, value in some["options"].items()) or "-",
+                 number("swapped", "test_ppl", ".1f"), number("distilled", "tokens", ".1f", 1e6),
+                 number("distilled", "test_ppl", ".2f"), number("distilled", "mean_kl", ".3f"),
+                 number("distilled", "peak_gib", ".1f"), number("finetuned", "tokens", ".1f", 1e6),
+                 number("finetuned", "valid_ppl", ".2f"), number("finetuned", "test_ppl", ".2f"),
+                 number("finetuned", "ratio", ".3f"), number("finetuned", "seconds", ".1f", 60),
+                 number("finetuned", "peak_gib", ".1f")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(folders, out):
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "summary.json"
+    new = []
+    for folder in folders:
+        for row in json.loads((folder / "summary.json").read_text()):
+            extra = dict(options=options(folder, row["name"])) if row["stage"] != "teacher" else {}
+            if "kl" in row:
+                extra["mean_kl"] = sum(row["kl"]) / len(row["kl"])
+            new.append(row | extra)
+            for stage, ending in (("distilled", "-distilled"), ("finetuned", "")):
+                log = folder / row["name"] / stage / "log.csv"
+                if row["stage"] == stage and row["tokens"]:
+                    shutil.copy(log, out / f"{row['name']}{ending}.csv")
+    replaced = {row["name"] for row in new}
+    rows = [row for row in (json.loads(path.read_text()) if path.exists() else []) if row["name"] not in replaced]
+    rows += [row for i, row in enumerate(new) if row["stage"] != "teacher" or row not in new[:i]]
+    rows = [row | dict(ratio=ratio(row, rows)) for row in rows]
+    save_json(path, rows)
+    plot.draw(plot.conversion, path)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="--out of finished conversions")
+    parser.add_argument("--out", type=Path, default=plot.RESULTS / "convert", help="folder of the results")
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,68 @@
+"""Which layer needs softmax? A distilled model with linear attention in one layer alone, and in all layers but one.
+
+    python experiments/layers.py runs/convert-tiny/hedgehog                a conversion of convert_gpt2.py
+
+Nothing is trained: all layers share the teacher's weights, and each attends either by softmax or by its distilled maps.
+`alone` is what the validation loss gains by linear attention in that layer, `but` what it gains in all the others.
+"""
+
+import argparse
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from attention_properties import plot
+from tqdm import tqdm
+
+from convert_gpt2 import ConvertConfig, find_text, load_teacher, stage_config, swap
+from train_gpt import cli, evaluate, pick_device, provenance, save_json
+
+
+def attend_linearly(model, layers, linear):
+    """Linear attention, `linear` [one module a layer], in some layers of the model, softmax in the others."""
+    for i, block in enumerate(model.transformer.h):
+        block.attn.linear = linear[i] if i in layers else None
+
+
+def main(args):
+    path = args.conversion / "config.json"
+    if not path.exists():
+        raise ValueError(f"no conversion in {args.conversion}: make one with python convert_gpt2.py, or mend the path")
+    config = ConvertConfig(**json.loads(path.read_text())["config"] | dict(
+        maps=str(args.conversion / "distilled" / "last.pt"), device=args.device))
+    device, dtype, _ = pick_device(config.device, config.dtype)
+    teacher, tokenizer = load_teacher(config)
+    model = swap(teacher, config).to(device).eval()
+    text = find_text(stage_config(config, model, "finetuned"), model, tokenizer)["valid"][:args.tokens or None]
+    linear, n = [block.attn.linear for block in model.transformer.h], model.config.n_layer
+    autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+    def nats(layers):
+        attend_linearly(model, layers, linear)
+        return evaluate(model, text, model.config.block_size, config.batch_size, device, autocast)
+
+    softmax, rows = nats(()), []
+    for i in tqdm(range(n), unit="layer", disable=None):
+        rows.append(dict(layer=i, alone=nats({i}) - softmax, but=nats(set(range(n)) - {i}) - softmax))
+        tqdm.write(f"layer {i}: linear alone {rows[-1]['alone']:+.4f} nats, all but it {rows[-1]['but']:+.4f}")
+    found = dict(softmax=softmax, all=nats(range(n)) - softmax, rows=rows, attention=config.attention, tokens=len(text),
+                 **provenance(device))
+    print(f"softmax {softmax:.4f} nats; {config.attention} in all layers {found['all']:+.4f}")
+    save_json(Path(args.out), found)
+    plot.draw(plot.layers, Path(args.out))
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("conversion", type=Path, help="folder of a conversion: it holds config.json and distilled/")
+    add("--tokens", type=int, default=0, help="of the validation text; 0: all")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
+    add("--out", default="experiments/results/convert/layers.json", help="the rows; the figure goes beside it")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli(lambda: main(parse()))
