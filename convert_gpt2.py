@@ -59,6 +59,8 @@ class ConvertConfig:
     segment_size: int = opt(256, "tokens whose features are held at once while finetuning; 0: all, more memory")
     short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; it starts as the "
                           "identity and learns in stage 2; 0: as the teacher, mostly none")
+    softmax_layers: int = opt(0, "the first layers, which keep softmax; 0 in the paper")
+    window: int = opt(0, "tokens that their softmax looks back over, so that it is linear in the length; 0: all")
     dropout: float = opt(0.0, "while finetuning")
     # stage 1: the maps alone learn to imitate softmax's weights
     maps: str = opt("", "start from the maps of this checkpoint: a distilled/last.pt, or any of a model like this one")
@@ -102,7 +104,7 @@ class ConvertConfig:
     @property
     def plain(self):
         """The teacher as it is, only finetuned: what every other conversion is compared with."""
-        return self.attention == "softmax" and not self.short_conv
+        return self.attention == "softmax" and not self.short_conv and not self.window
 
 
 PRESETS = {
@@ -125,14 +127,18 @@ def table_folder(config):
 
 def run_name(config):
     undistilled = config.attention != "softmax" and not config.distill_steps and not config.maps
-    convolution = f"-conv{config.short_conv}" if config.short_conv else ""
-    return config.name or config.attention + convolution + ("-undistilled" if undistilled else "")
+    more = f"-conv{config.short_conv}" if config.short_conv else ""
+    if config.softmax_layers and not config.plain:
+        more += f"-first{config.softmax_layers}" + (f"x{config.window}" if config.window else "")
+    return config.name or config.attention + more + ("-undistilled" if undistilled else "")
 
 
 def saved_config(config):
     path = table_folder(config) / run_name(config) / "config.json"
     try:
-        saved = dict(short_conv=0) | json.loads(path.read_text())["config"]  # a run may be older than the flag
+        # A run may be older than some flags.
+        saved = dict(short_conv=0, softmax_layers=0, window=0, learn_temperature=False) | json.loads(
+            path.read_text())["config"]
         return {f.name: saved[f.name] for f in fields(ConvertConfig)}
     except FileNotFoundError:
         raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name or "
@@ -179,6 +185,8 @@ def swap(teacher, config):
     block_size, longest = config.block_size or teacher.config.block_size, teacher.config.block_size
     if block_size > longest:
         raise ValueError(f"--block-size {block_size}: the teacher knows {longest} positions, take at most that")
+    if teacher.config.window:
+        raise ValueError(f"the teacher's first layers see {teacher.config.window} tokens: give one with plain softmax")
     before, short_conv = teacher.config.short_conv, getattr(config, "short_conv", 0)
     if short_conv and before not in (0, short_conv):
         raise ValueError(f"--short-conv {short_conv}: the teacher has one of {before} tokens, leave the flag out")
@@ -230,7 +238,8 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e
 
 @torch.no_grad()
 def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
-    """The teacher reads idx (B, T), and each layer's maps are compared with its weights: (n_layer, 2), as in the loss.
+    """The teacher reads idx (B, T), and each layer's maps are compared with its weights: (n_layer, 2), as in the loss,
+    zeros for a layer that keeps softmax.
 
     Linear and softmax model share all but the maps, so the teacher is `model` with softmax's output passed on. What a
     layer reads depends on no map, so with `learn` each loss goes backward at once: memory is that of one layer.
@@ -240,10 +249,10 @@ def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
         x = transformer.wte(idx) + transformer.wpe(torch.arange(idx.shape[1], device=idx.device))   # (B, T, C)
         for block in transformer.h:
             q, k, v = block.attn.split_heads(block.ln_1(x))                               # (B, H, T, D)
-            with torch.set_grad_enabled(learn):
-                maps = block.attn.linear
-                both = loss(q, k, maps.map_q(q, is_query=True), maps.map_k(k))
-            if learn:
+            maps = block.attn.linear
+            with torch.set_grad_enabled(learn and maps is not None):
+                both = loss(q, k, maps.map_q(q, is_query=True), maps.map_k(k)) if maps else x.new_zeros(2)
+            if learn and maps:
                 both[0].backward()
             losses.append(torch.stack([value.detach() for value in both]))
             x = x + block.attn.merge_heads(block.attn.softmax(q, k, v, cache=None))
@@ -290,7 +299,7 @@ def distill(model, data, config, device, autocast, say):
     Writes log.csv and last.pt, which holds the maps alone, into config.out.
     """
     out, loss = Path(config.out), torch.compile(imitation_loss) if config.compile else imitation_loss
-    layers = [list(block.attn.linear.parameters()) for block in model.transformer.h]
+    layers = [list(block.attn.linear.parameters()) if block.attn.linear else [] for block in model.transformer.h]
     learn_maps_alone(model.eval())                                                        # no dropout in the teacher
     optimizer = make_optimizer(model, config, device)
     state = dict(step=0, seconds=0.0, loss_sum=0.0, loss_count=0)
@@ -328,7 +337,7 @@ def distill(model, data, config, device, autocast, say):
             idx, _ = get_batch(data["train"], config, step, 0, 1, device)
             cross_entropy, entropy = imitate(model, idx, autocast, loss, learn=True).mean(dim=0).tolist()
             stop_if_not_finite(cross_entropy, step, config)
-            for layer in layers:  # layers are problems of their own: a wild one must not slow the others down
+            for layer in filter(None, layers):  # layers are problems of their own: a wild one must not slow the others down
                 torch.nn.utils.clip_grad_norm_(layer, config.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -359,9 +368,9 @@ def stage_config(config, model, stage, **changes):
 
 
 def references(rows, tokens=None):
-    """The rows of the plain teacher, finetuned (for so many tokens): with no convolution of --short-conv."""
+    """The rows of the plain teacher, finetuned (for so many tokens): with no --short-conv and no --window."""
     return [row for row in rows if row["attention"] == "softmax" and row["stage"] == "finetuned"
-            and not row.get("short_conv") and tokens in (None, row["tokens"])]
+            and not row.get("short_conv") and not row.get("window") and tokens in (None, row["tokens"])]
 
 
 def ratio(row, rows):
@@ -447,10 +456,12 @@ def convert(config):
     n_tokens = config.steps * config.batch_size * stage2.block_size
     if config.reference and not config.plain and config.steps and not references(results.rows, n_tokens):
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
-        reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0)
+        reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0, softmax_layers=0,
+                            window=0)
         results = convert(replace(reference, resume=config.resume and was_begun(reference)))
 
-    row = dict(name=name, attention=config.attention, short_conv=config.short_conv)
+    row = dict(name=name, attention=config.attention, short_conv=config.short_conv,
+               softmax_layers=config.softmax_layers, window=config.window)
     if config.attention != "softmax":
         student, learns = student.to(device), bool(maps_of(student))
         if not config.maps:

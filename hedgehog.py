@@ -373,6 +373,8 @@ class GPTConfig:
     chunk_size: int = 64  # tokens whose weights are formed at once
     segment_size: int = 256  # tokens whose features are held at once in training; 0: all
     short_conv: int = 0  # tokens that a convolution of q, k and v reaches over; 0: none, as in the paper
+    softmax_layers: int = 0  # the first layers, that attend by softmax whatever `attention` is; 0 in the paper
+    window: int = 0  # tokens that their softmax looks back over, itself included, in O(T window); 0: all
 
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
@@ -383,6 +385,9 @@ class GPTConfig:
         if min(self.segment_size, self.short_conv) < 0 or not 0 <= self.dropout < 1:
             raise ValueError(f"segment_size={self.segment_size} and short_conv={self.short_conv} must be at least 0, "
                              f"dropout={self.dropout} in [0, 1)")
+        if not 0 <= self.softmax_layers <= self.n_layer or self.window < 0 or self.window and not self.softmax_layers:
+            raise ValueError(f"softmax_layers={self.softmax_layers} must be in [0, n_layer={self.n_layer}], and "
+                             f"window={self.window}, which is theirs, 0 without them")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
 
@@ -410,16 +415,41 @@ class ShortConv(nn.Module):
         return sum(w.to(x.dtype) * x[:, before - i:before - i + T] for i, w in enumerate(self.weight))
 
 
+def sliding_window(q, k, v, window, dropout=0.0):
+    """Softmax attention over the last `window` tokens, O(T window). q, k, v (B, H, T, D) -> (B, H, T, D).
+
+    Time is cut into blocks as long as the window: a block of queries needs its own keys and those of the block before.
+    """
+    T, W = q.shape[2], window
+    q, k, v = (F.pad(x, (0, 0, 0, -T % W)).unflatten(2, (-1, W)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+
+    def with_block_before(x):                                                             # (B N, H, W, D)
+        x = x.unflatten(0, (-1, n_block))
+        return torch.cat((F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x), dim=3).flatten(0, 1)
+
+    n_block = -(-T // W)
+    k, v = with_block_before(k), with_block_before(v)                                     # (B N, H, 2W, D)
+    i, j = torch.arange(W, device=q.device).unsqueeze(1) + W, torch.arange(2 * W, device=q.device)
+    seen = (j <= i) & (j > i - W)                                                         # (W, 2W)
+    first = torch.arange(len(q), device=q.device) % n_block == 0                          # has no block before
+    seen = seen & ~(first[:, None, None, None] & (j < W))                                 # (B N, 1, W, 2W)
+    y = F.scaled_dot_product_attention(q, k, v, seen, dropout)
+    return y.unflatten(0, (-1, n_block)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    """`layer` counts from 0: the first config.softmax_layers attend by softmax, the others as config.attention says."""
+
+    def __init__(self, config, layer=0):
         super().__init__()
         C, self.n_head, self.block_size, self.dropout = config.n_embd, config.n_head, config.block_size, config.dropout
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.short_conv = ShortConv(3 * C, config.short_conv) if config.short_conv else None
+        self.window = config.window if layer < config.softmax_layers else 0
         self.linear = None
-        if config.attention != "softmax":
+        if config.attention != "softmax" and layer >= config.softmax_layers:
             self.linear = LinearAttention(
                 config.n_head, C // config.n_head, config.attention, config.feature_bias, config.tie_qk,
                 config.chunk_size, config.segment_size, temperature=config.temperature, max_len=config.block_size,
@@ -428,7 +458,10 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         """x (B, T, C) -> (B, T, C). `cache`: this layer's dict, which holds the past and is updated in place."""
         q, k, v = self.split_heads(x, cache)
-        y = self.softmax(q, k, v, cache) if self.linear is None else self.linear_cached(q, k, v, cache)
+        if self.linear is not None:
+            y = self.linear_cached(q, k, v, cache)
+        else:
+            y = self.windowed(q, k, v, cache) if self.window else self.softmax(q, k, v, cache)
         return self.merge_heads(y)
 
     def split_heads(self, x, cache=None):
@@ -450,6 +483,20 @@ class CausalSelfAttention(nn.Module):
         y, cache["state"] = self.linear(q, k, v, form, cache.get("state"), return_state=True, offset=offset)
         cache["offset"] = offset + T
         return y
+
+    def windowed(self, q, k, v, cache):
+        """`cache` holds the window - 1 tokens before q, whatever the length."""
+        T, past = q.shape[2], 0
+        if cache is not None:
+            if "k" in cache:
+                past = cache["k"].shape[2]
+                k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
+            start = max(0, past + T + 1 - self.window)
+            cache.update(k=k[:, :, start:].clone(), v=v[:, :, start:].clone(), offset=cache.get("offset", 0) + T)
+        if T == 1:  # sees all of it
+            return F.scaled_dot_product_attention(q, k, v)
+        dropout = self.dropout if self.training else 0.0
+        return sliding_window(F.pad(q, (0, 0, past, 0)), k, v, self.window, dropout)[:, :, past:]
 
     def softmax(self, q, k, v, cache):
         B, H, T, D = q.shape
@@ -479,10 +526,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -499,7 +546,7 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

@@ -493,6 +493,48 @@ def test_a_model_with_the_short_convolution_starts_as_the_one_without(attention)
     assert not torch.allclose(model(idx)[0], plain(idx)[0])
 
 
+@pytest.mark.parametrize("T, window", [(1, 1), (1, 5), (13, 1), (13, 4), (16, 8), (13, 20), (37, 5)])
+def test_a_sliding_window_is_softmax_over_the_last_tokens(T, window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, T, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    i, j = torch.arange(T).unsqueeze(1), torch.arange(T)
+    hidden = (j > i) | (j <= i - window)
+    expected = (q @ k.mT / math.sqrt(4)).masked_fill(hidden, -math.inf).softmax(-1) @ v
+    y = hedgehog.sliding_window(q, k, v, window)
+    assert_close(with_gradients(y, q=q, k=k, v=v), with_gradients(expected, q=q, k=k, v=v))
+
+
+def test_the_first_layers_keep_softmax_and_their_window():
+    model, idx = tiny_gpt("hedgehog", softmax_layers=1, window=5), tokens(16)
+    assert [(block.attn.linear is None, block.attn.window) for block in model.transformer.h] == [
+        (True, 5), (False, 0)]
+    attn, x = model.transformer.h[0].attn, torch.randn(2, 16, 8, dtype=torch.float64)
+    y = [attn(x[:, max(0, t - 4):t + 1])[:, -1] for t in range(16)]                       # five tokens and no more
+    assert_close(attn(x), torch.stack(y, dim=1))
+    whole = tiny_gpt("hedgehog", softmax_layers=1)
+    whole.load_state_dict(model.state_dict())
+    assert_close(whole(idx)[0][:, :5], model(idx)[0][:, :5])
+    assert not torch.allclose(whole(idx)[0][:, 5:], model(idx)[0][:, 5:])
+
+
+def test_the_cache_of_a_window_is_as_long_as_the_window():
+    model, idx = tiny_gpt("hedgehog", softmax_layers=1, window=5), tokens(16)
+    cache = model.new_cache()
+    for t in range(16):
+        model(idx[:, t:t + 1], cache=cache)
+        assert cache[0]["k"].shape == cache[0]["v"].shape == (2, 2, min(t + 1, 4), 4)
+        assert cache[0]["k"].untyped_storage().nbytes() == 2 * 2 * min(t + 1, 4) * 4 * 8 and cache[0]["offset"] == t + 1
+
+
+@pytest.mark.parametrize("window", [0, 1, 5])
+@pytest.mark.parametrize("pieces", [[1] * 16, [5, 1, 1, 7, 2], [3, 13]], ids=str)
+def test_cached_logits_of_first_layers_with_softmax_are_those_of_the_full_forward(pieces, window):
+    model, idx = tiny_gpt("hedgehog", short_conv=3, softmax_layers=1, window=window), tokens(16)
+    cache = model.new_cache()
+    logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
+    assert_close(logits, model(idx)[0])
+
+
 @each_attention
 @pytest.mark.parametrize("short_conv", [0, 3])
 @pytest.mark.parametrize("pieces", [[1] * 16, [5, 1, 1, 7, 2], [3, 13]], ids=str)
@@ -635,6 +677,9 @@ BAD_CALLS = [
     ("chunk_size must be at least 1|chunk_size.*at least 1", lambda: GPTConfig(chunk_size=0)),
     ("segment_size=-1", lambda: GPTConfig(segment_size=-1)),
     ("short_conv=-1", lambda: GPTConfig(short_conv=-1)),
+    (r"softmax_layers=13 must be in \[0, n_layer=12\]", lambda: GPTConfig(softmax_layers=13)),
+    ("window=-1", lambda: GPTConfig(softmax_layers=1, window=-1)),
+    ("window=8, which is theirs, 0 without them", lambda: GPTConfig(window=8)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x, x[:, :, :2], x)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4, segment_size=2)(x, x, x[:, :, :2])),
     (r"expected q and k \(B, 3, T, 4\)", lambda: LinearAttention(3, 4)(x, x, x)),

@@ -91,6 +91,8 @@ class TrainConfig:
     chunk_size: int = opt(64, "tokens whose attention weights are formed at once (linear attention)")
     segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
     short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; 0: none")
+    softmax_layers: int = opt(0, "the first layers, which attend by softmax whatever --attention says; 0 in the paper")
+    window: int = opt(0, "tokens that their softmax looks back over, so that it is linear in the length; 0: all")
     # optimisation
     steps: int = opt(1000, "optimizer steps")
     batch_size: int = opt(8, "sequences a step, over all processes and micro-batches")
@@ -313,19 +315,21 @@ def training_flops(model):
 
     6 for each weight of a matrix product (2 forward, 4 backward), the output matrix included, the embeddings not; and
     three times the attention's forward. That is in a layer, with P features a head,
-        softmax    2 T C                           two products of width D with the T / 2 keys before, on average
+        softmax    2 T C, or 4 window C            two products of width D with the T / 2 keys before, on average
         linear     4 P (D + 1) H + maps of q, k    the state takes up a token and answers it: the recurrent form
     so recomputed features and the products inside a chunk count as overhead, not as work done. Norms, activations and a
     short convolution are left out: thousandths.
     """
-    c, linear = model.config, model.transformer.h[0].attn.linear
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    attention, D = 2 * c.block_size * c.n_embd, c.n_embd // c.n_head
-    if linear is not None:
-        P = linear.map_q.feature_dim
-        width = D if linear.map_q.weight is not None else P if linear.map_q.kind == "performer" else 0
-        attention = c.n_head * (4 * P * (D + 1) + 4 * D * width)
-    return 6 * weights + 3 * c.n_layer * attention
+    c, attention = model.config, 0
+    weights, D = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), c.n_embd // c.n_head
+    for block in model.transformer.h:
+        if block.attn.linear is None:
+            attention += 4 * min(c.block_size / 2, block.attn.window or math.inf) * c.n_embd
+        else:
+            phi = block.attn.linear.map_q
+            width = D if phi.weight is not None else phi.feature_dim if phi.kind == "performer" else 0
+            attention += c.n_head * (4 * phi.feature_dim * (D + 1) + 4 * D * width)
+    return 6 * weights + 3 * attention
 
 
 def utilisation(model, tokens_per_second, device):

@@ -302,11 +302,33 @@ def test_a_convolution_starts_as_the_identity_and_learns_while_finetuning(comman
         swap(trained_softmax, ConvertConfig(short_conv=4))
 
 
-def test_a_conversion_older_than_the_convolution_resumes(command, tmp_path):
+def test_first_layers_that_keep_softmax_are_not_distilled(command, tmp_path, teacher):
+    softmax = load_model(teacher / "best.pt")[0]
+    names = maps_of(swap(softmax, ConvertConfig(softmax_layers=1)))
+    assert {name.split(".")[2] for name in names} == {"1"}                                # of two layers, the second
+    results = command("--softmax-layers", "1", "--window", "8")
+    assert [(r["name"], r["stage"]) for r in results.rows[1:]] == [("softmax", "finetuned")] + [
+        ("hedgehog-first1x8", stage) for stage in ("swapped", "distilled", "finetuned")]
+    distilled = results.find(stage="distilled")[0]
+    assert distilled["kl"][0] == 0 < distilled["kl"][1] and (distilled["softmax_layers"], distilled["window"]) == (1, 8)
+    trained = load_model(tmp_path / "table/hedgehog-first1x8/finetuned/last.pt")[0]
+    assert trained.config.window == 8 and trained.transformer.h[0].attn.linear is None
+    # The second layer learns from the teacher as it is, whose first layer has no window: as if that had been swapped.
+    every = command("--no-reference", "--steps", "1").find(name="hedgehog", stage="distilled")[0]
+    assert distilled["kl"][1] == pytest.approx(every["kl"][1], rel=1e-6)
+    # Softmax with a window is another model, and no reference.
+    rows = command("--attention", "softmax", "--softmax-layers", "2", "--window", "8").find(stage="finetuned")
+    assert rows[-1]["name"] == "softmax-first2x8" and rows[-1] not in convert_gpt2.references(rows)
+    with pytest.raises(ValueError, match="first layers see 8 tokens: give one with plain softmax"):
+        command("--teacher", str(tmp_path / "table/softmax-first2x8/finetuned/best.pt"), "--out", str(tmp_path / "b"))
+
+
+def test_a_conversion_older_than_some_flags_resumes(command, tmp_path):
     before = command("--attention", "softmax").rows
     path = tmp_path / "table/softmax/config.json"
     about = json.loads(path.read_text())
-    assert about["config"].pop("short_conv") == 0
+    for name in ("short_conv", "softmax_layers", "window", "learn_temperature"):
+        assert not about["config"].pop(name)
     path.write_text(json.dumps(about))
     assert [r["valid_nats"] for r in command("--attention", "softmax", "--resume").rows] == [
         r["valid_nats"] for r in before]
