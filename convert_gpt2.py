@@ -208,7 +208,7 @@ def swap(teacher, config):
 # maps learn, and every layer learns from the activations of the teacher, whose other weights the linear model shares.
 
 
-def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e34)):
+def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e34), faint=1e-20):
     """(cross-entropy of the linear weights under softmax's, entropy of softmax's): means over queries, heads and batch.
 
         L_i = - sum_{j<=i} p_ij log(a_ij / sum_{m<=i} a_im)      p = softmax(q.k / sqrt(D)), a = phi(q).phi(k)
@@ -218,8 +218,11 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e
 
     The entropy is the floor, and no maps get below it: a_ij is bounded inside the sum as well as above it, so that
     a / sum(a) is a distribution whatever a is. With an addend, log(a + eps) - log(sum(a) + eps), the weights of n keys
-    sum to n as a -> 0: the optimiser goes there, and whole heads collapse under a loss that looks ever better. The
-    lower bound is far below 1e-30, the least denominator of `linear_attention`, and so hides nothing that it can use.
+    sum to n as a -> 0: the optimiser goes there, and whole heads collapse under a loss that looks ever better.
+
+    The loss does not depend on the scale of the features, so nothing in it keeps sum_m a_im above 1e-30, where
+    `linear_attention` takes query i for one that attends to nothing: a distilled GPT of 124M had such heads. So the
+    gradient, not the value, is also that of log(faint / sum_m a_im) where the sum is below `faint`.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k = q.to(phi_q.dtype), k.to(phi_k.dtype)                                       # float32 at least
@@ -233,7 +236,9 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e
         p = (s - log_sum).exp().masked_fill(hidden, 0)
         a = (phi_q @ phi_k.mT).clamp(*bounds)
         log_a_sum = a.masked_fill(hidden, 0).sum(-1, keepdim=True).log()
-        return ((p * (log_a_sum - a.log())).sum(-1) * weight).sum(), ((p * (log_sum - s)).sum(-1) * weight).sum()
+        too_faint = (math.log(faint) - log_a_sum.squeeze(-1)).clamp(min=0)                # (B, H, T)
+        cross_entropy = (p * (log_a_sum - a.log())).sum(-1) + too_faint - too_faint.detach()
+        return (cross_entropy * weight).sum(), ((p * (log_sum - s)).sum(-1) * weight).sum()
 
 
 @torch.no_grad()

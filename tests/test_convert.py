@@ -29,7 +29,7 @@ from convert_gpt2 import PRESETS, ConvertConfig, convert, imitate, imitation_los
 from data import gpt2_weights
 from data.gpt2_weights import export, load_gpt2
 from data.prepare import main as prepare_main
-from hedgehog import GPT, FeatureMap, GPTConfig
+from hedgehog import GPT, FeatureMap, GPTConfig, linear_attention
 from sample import sample
 from train_gpt import TrainConfig, add_lora, cli, load_checkpoint, load_model, merge_lora, parse_config, train
 
@@ -177,6 +177,29 @@ def test_maps_that_are_softmax_itself_reach_the_floor():
     phi_q, phi_k = (q @ k.mT / 2).exp(), torch.eye(9, dtype=torch.float64).expand(1, 2, 9, 9)
     cross_entropy, entropy = imitation_loss(q, k, 1e-14 * phi_q, 1e-14 * phi_k)  # at any scale
     torch.testing.assert_close(cross_entropy, entropy, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_too_faint_for_linear_attention_are_raised_without_a_change_of_the_loss(dtype):
+    # Seen on a GPT of 124M: the loss was good, and a head attended to nothing, since all its weights were below 1e-30.
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 9, 4, dtype=dtype)
+    phi_q, phi_k = (q @ k.mT / 2).exp(), torch.eye(9, dtype=dtype).expand(1, 2, 9, 9)     # which are softmax itself
+    softmax = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for faint in (1e-20, 1e-300):
+        log_scale = torch.full((1, 2, 9, 1), -75.0, dtype=dtype, requires_grad=True)
+        optimizer = torch.optim.SGD([log_scale], lr=5)  # of which a row sees 1 / 18
+        for _ in range(150):
+            cross_entropy, entropy = imitation_loss(q, k, log_scale.exp() * phi_q, phi_k, faint=faint)
+            torch.testing.assert_close(cross_entropy, entropy, rtol=1e-4, atol=0)
+            optimizer.zero_grad()
+            cross_entropy.backward()
+            optimizer.step()
+        y = linear_attention(log_scale.detach().exp() * phi_q, phi_k, v)
+        if faint == 1e-20:
+            torch.testing.assert_close(y, softmax, rtol=1e-4, atol=1e-4)
+        else:
+            assert (y == 0).all(dim=-1).float().mean() > 0.8
 
 
 # ---------------------------------------------------------------- stage 1
