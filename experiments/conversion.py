@@ -82,7 +82,8 @@ def main(folders, out):
     rows += [row for i, row in enumerate(new) if row["stage"] != "teacher" or row not in new[:i]]
     rows = [row | dict(ratio=ratio(row, rows)) for row in rows]
     save_json(path, rows)
-    plot.draw(plot.conversion, path)
+    if any(row["stage"] == "finetuned" for row in rows):
+        plot.draw(plot.conversion, path)
     print(table(rows))
 
 

@@ -213,31 +213,40 @@ def conversion(path):
         if row["stage"] == "finetuned" and row["ratio"]:
             best = lines.setdefault(conversion_label(row, rows), {})
             best[row["tokens"]] = min(row["ratio"], best.get(row["tokens"], math.inf))
+    kinds = list(dict.fromkeys(row["attention"] for row in rows if row["attention"] != "softmax"))
+
+    def style(name, among):
+        """One colour an attention; what was added to it or left out shows in the line."""
+        kind = name.split(",")[0]
+        line = [other for other in among if other.split(",")[0] == kind].index(name)
+        return dict(color=COLORS[kinds.index(kind)] if kind in kinds else GREY, linestyle=("-", "--", ":", "-.")[line % 4],
+                    marker=("o", "s", "^", "D")[line % 4])
+
     fig, [[left, right]] = figure(columns=2, height=4.6)
     lines = dict(sorted(lines.items(), key=lambda line: line[1][max(line[1])]))
-    for i, (name, points) in enumerate(lines.items()):
+    for name, points in lines.items():
         x, y = zip(*sorted(points.items()))
-        left.plot([tokens / 1e6 for tokens in x], y, marker="o", label=name,
-                  color=GREY if name == "softmax" else COLORS[i % len(COLORS)])
+        left.plot([tokens / 1e6 for tokens in x], y, label=name, **style(name, sorted(lines)))
     left.set(xscale="log", xlabel="tokens of finetuning, millions", ylabel="perplexity / finetuned teacher's")
     ticks = sorted({tokens / 1e6 for points in lines.values() for tokens in points})
     left.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     left.minorticks_off()
+    left.margins(x=0.15)
     left.legend()
     drawn = {}
     for row in rows:  # maps that learn are drawn distilled, and those of the longest distillation
         last = drawn.get(row["attention"], row)
         if "kl" in row and (row["stage"] == "distilled", row["tokens"]) >= (last["stage"] == "distilled", last["tokens"]):
             drawn[row["attention"]] = row
-    for i, (name, row) in enumerate(sorted(drawn.items(), key=lambda item: item[1]["mean_kl"])):
+    for name, row in sorted(drawn.items(), key=lambda item: item[1]["mean_kl"]):
         stage = {"distilled": "distilled", "swapped": "as it is"}[row["stage"]]
-        right.plot(range(len(row["kl"])), row["kl"], marker="o", label=f"{name}, {stage}", color=COLORS[i % len(COLORS)])
+        right.plot(range(len(row["kl"])), row["kl"], label=f"{name}, {stage}", **style(name, [name]))
     right.set(xlabel="layer", ylabel="KL from softmax (nats)")
+    right.set_ylim(0, 1.3 * right.get_ylim()[1])
     right.legend()
     name = next((name for name in lines if name != "softmax"), None)
-    tokens = max(lines[name]) if name else 0
-    save(fig, path.with_suffix(".png"), f"{name}: {lines[name][tokens]:.3f} times the teacher's perplexity after "
-         f"{tokens / 1e6:.3g}M tokens" if name else "The teacher alone")
+    save(fig, path.with_suffix(".png"), f"{name}: {lines[name][max(lines[name])]:.3f} x the finetuned teacher's "
+         "perplexity" if name else "The teacher alone")
 
 
 def conversion_label(row, rows):
@@ -258,9 +267,9 @@ def layers(path):
     ax.set_xticks(x, [row["layer"] for row in rows])
     ax.set(xlabel=f"layer with {found['attention']} instead of softmax", ylabel="loss gained (nats)")
     ax.grid(axis="x", visible=False)
-    worst, total = max(rows, key=lambda row: row["alone"]), sum(row["alone"] for row in rows)
-    save(fig, path.with_suffix(".png"), f"One layer alone costs at most {worst['alone']:.3f} nats (layer "
-         f"{worst['layer']}), all one by one {total:.2f}, together {found['all']:.2f}")
+    worst = max(rows, key=lambda row: row["alone"])
+    save(fig, path.with_suffix(".png"), f"Layer {worst['layer']} alone costs {worst['alone']:.2f} nats, all layers "
+         f"together {found['all']:.2f}")
 
 
 FIGURES = (("tiny", loss_curves), ("wikitext103", loss_curves), ("wikitext103/summary.json", perplexities),
