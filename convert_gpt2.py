@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
-    MAY_CHANGE_ON_RESUME, Log, TrainConfig, cli, evaluate_splits, find_data, get_batch, interrupts, learning_rate,
-    load_checkpoint, load_model, make_optimizer, move_aside, opt, parse_config, peak_gib, pick_device, provenance,
-    refuse_changes, reset_peak, save_json, stop_if_not_finite, train, write_atomically)
+    MAY_CHANGE_ON_RESUME, Log, TrainConfig, check_least, cli, evaluate_splits, find_data, get_batch, interrupts,
+    learning_rate, load_checkpoint, load_model, make_optimizer, move_aside, opt, parse_config, peak_gib, pick_device,
+    provenance, refuse_changes, reset_peak, save_json, stop_if_not_finite, train, write_atomically)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
 EVAL_BLOCKS = 32  # of the validation text, evenly spread, on which the maps are compared with softmax
@@ -92,19 +92,19 @@ class ConvertConfig:
         if not (self.distill_steps >= 0 and self.block_size >= 0 and 0 <= self.warmup <= 1):
             raise ValueError(f"--distill-steps {self.distill_steps} and --block-size {self.block_size} must be at "
                              f"least 0 and --warmup {self.warmup} in [0, 1]")
-        if self.name == "softmax" and not self.plain or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
+        if self.name == "softmax" and not is_plain(self) or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
             raise ValueError(f"--name {self.name!r} must be letters, digits and . + = - _ and begin with one of the "
                              "first; softmax is the name of the finetuned teacher")
+        check_least(self, softmax_layers=0, window=0, short_conv=0)
+        if self.window and not self.softmax_layers:
+            raise ValueError(f"--window {self.window} is that of the first layers: say how many with --softmax-layers")
+        if self.softmax_layers and not self.window and self.attention == "softmax":
+            raise ValueError("--softmax-layers without --window changes nothing where all layers are softmax")
         if self.short_conv and self.lora_rank:
             raise ValueError("--lora-rank trains low-rank updates alone, so --short-conv would stay the identity: "
                              "leave out one of them")
         if self.batch_size % max(1, self.accum):
             raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accum {self.accum}")
-
-    @property
-    def plain(self):
-        """The teacher as it is, only finetuned: what every other conversion is compared with."""
-        return self.attention == "softmax" and not self.short_conv and not self.window
 
 
 PRESETS = {
@@ -121,6 +121,11 @@ PRESETS = {
 }
 
 
+def is_plain(config):
+    """The teacher as it is, only finetuned: what every other conversion is compared with."""
+    return config.attention == "softmax" and not config.short_conv and not config.window
+
+
 def table_folder(config):
     return Path(config.out or f"runs/convert-{config.preset}")
 
@@ -128,7 +133,7 @@ def table_folder(config):
 def run_name(config):
     undistilled = config.attention != "softmax" and not config.distill_steps and not config.maps
     more = f"-conv{config.short_conv}" if config.short_conv else ""
-    if config.softmax_layers and not config.plain:
+    if config.softmax_layers:
         more += f"-first{config.softmax_layers}" + (f"x{config.window}" if config.window else "")
     return config.name or config.attention + more + ("-undistilled" if undistilled else "")
 
@@ -136,9 +141,7 @@ def run_name(config):
 def saved_config(config):
     path = table_folder(config) / run_name(config) / "config.json"
     try:
-        # A run may be older than some flags.
-        saved = dict(short_conv=0, softmax_layers=0, window=0, learn_temperature=False) | json.loads(
-            path.read_text())["config"]
+        saved = asdict(ConvertConfig()) | json.loads(path.read_text())["config"]  # a run may be older than some flags
         return {f.name: saved[f.name] for f in fields(ConvertConfig)}
     except FileNotFoundError:
         raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name or "
@@ -192,6 +195,9 @@ def swap(teacher, config):
         raise ValueError(f"--short-conv {short_conv}: the teacher has one of {before} tokens, leave the flag out")
     options = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
     options |= {"block_size": block_size, "short_conv": short_conv or before}
+    if options["attention"] != "softmax" and options.get("softmax_layers", 0) >= teacher.config.n_layer:
+        raise ValueError(f"--softmax-layers {options['softmax_layers']} leaves none of the teacher's "
+                         f"{teacher.config.n_layer} layers to {options['attention']}: take fewer")
     torch.manual_seed(config.seed)  # performer draws its features
     student = GPT(replace(teacher.config, **options))
     weights = teacher.state_dict()
@@ -221,8 +227,9 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e
     sum to n as a -> 0: the optimiser goes there, and whole heads collapse under a loss that looks ever better.
 
     The loss does not depend on the scale of the features, so nothing in it keeps sum_m a_im above 1e-30, where
-    `linear_attention` takes query i for one that attends to nothing: a distilled GPT of 124M had such heads. So the
-    gradient, not the value, is also that of log(faint / sum_m a_im) where the sum is below `faint`.
+    `linear_attention` takes query i for one that attends to nothing: a distilled GPT of 124M had such a head. So the
+    gradient, not the value, is also that of log(faint / sum_m a_im) where the sum is below `faint` (and, as all of it,
+    zero for an a_ij below the lower bound).
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k = q.to(phi_q.dtype), k.to(phi_k.dtype)                                       # float32 at least
@@ -237,7 +244,7 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e
         a = (phi_q @ phi_k.mT).clamp(*bounds)
         log_a_sum = a.masked_fill(hidden, 0).sum(-1, keepdim=True).log()
         too_faint = (math.log(faint) - log_a_sum.squeeze(-1)).clamp(min=0)                # (B, H, T)
-        cross_entropy = (p * (log_a_sum - a.log())).sum(-1) + too_faint - too_faint.detach()
+        cross_entropy = (p * (log_a_sum - a.log())).sum(-1) + (too_faint - too_faint.detach())
         return (cross_entropy * weight).sum(), ((p * (log_sum - s)).sum(-1) * weight).sum()
 
 
@@ -277,6 +284,11 @@ def faithfulness(model, tokens, config, device, autocast, loss=imitation_loss):
     return dict(cross_entropy=cross_entropy, entropy=entropy, kl=[c - e for c, e in zip(cross_entropy, entropy)])
 
 
+def mean_of_layers(values, softmax_layers):
+    """Of those that do not keep softmax, whose values are zeros."""
+    return float(np.mean(values[softmax_layers:]))
+
+
 def maps_of(model):
     return {name: p for name, p in model.named_parameters() if ".map_" in name}
 
@@ -291,9 +303,12 @@ def load_maps(model, path):
     """Into `model`, the feature maps of a checkpoint of `distill` or of train_gpt.py. Returns the checkpoint."""
     checkpoint, maps = load_checkpoint(path), maps_of(model)
     given = {name: p for name, p in checkpoint["model"].items() if name in maps}
-    if {name: p.shape for name, p in given.items()} != {name: p.shape for name, p in maps.items()}:
-        raise ValueError(f"{path} does not hold the feature maps of this model: --attention, --feature-bias, --tie-qk "
-                         "and the teacher must be those that it was made with")
+    layers, known = tuple({name.split("map_")[0] for name in maps}), model.state_dict()  # some may keep softmax
+    more = [name for name in checkpoint["model"] if name.startswith(layers) and name not in known]
+    if more or {name: p.shape for name, p in given.items()} != {name: p.shape for name, p in maps.items()}:
+        raise ValueError(f"{path} does not hold the feature maps of this model: --attention, --feature-bias, --tie-qk, "
+                         "--learn-temperature and the teacher must be those that it was made with, and --softmax-layers "
+                         "at least as many")
     model.load_state_dict(given, strict=False)
     return checkpoint
 
@@ -326,7 +341,7 @@ def distill(model, data, config, device, autocast, say):
         for step in range(first, config.steps + 1):
             if step % config.eval_every == 0 or step == config.steps:
                 report = faithfulness(model, data["valid"], config, device, autocast, loss)
-                means = [float(np.mean(report[kind])) for kind in KINDS]
+                means = [mean_of_layers(report[kind], model.config.softmax_layers) for kind in KINDS]
                 stop_if_not_finite(means[0], step, config)
                 say(f"step {step:5d}  KL {means[2]:.4f} nats, by layer " + " ".join(f"{x:.3f}" for x in report["kl"]))
                 save()
@@ -340,9 +355,10 @@ def distill(model, data, config, device, autocast, say):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             idx, _ = get_batch(data["train"], config, step, 0, 1, device)
-            cross_entropy, entropy = imitate(model, idx, autocast, loss, learn=True).mean(dim=0).tolist()
+            losses = imitate(model, idx, autocast, loss, learn=True)
+            cross_entropy, entropy = losses[model.config.softmax_layers:].mean(dim=0).tolist()
             stop_if_not_finite(cross_entropy, step, config)
-            for layer in filter(None, layers):  # layers are problems of their own: a wild one must not slow the others down
+            for layer in layers:  # layers are problems of their own: a wild one must not slow the others down
                 torch.nn.utils.clip_grad_norm_(layer, config.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -373,7 +389,7 @@ def stage_config(config, model, stage, **changes):
 
 
 def references(rows, tokens=None):
-    """The rows of the plain teacher, finetuned (for so many tokens): with no --short-conv and no --window."""
+    """The rows of the plain teacher, finetuned (for so many tokens)."""
     return [row for row in rows if row["attention"] == "softmax" and row["stage"] == "finetuned"
             and not row.get("short_conv") and not row.get("window") and tokens in (None, row["tokens"])]
 
@@ -419,8 +435,8 @@ class Results:
         form = "{:24}{:10}{:>13}{:>9}{:>11}{:>11}{:>8}{:>9}".format
         lines = [form(*head)]
         for r in self.rows:
-            to_teacher = ratio(r, self.rows)
-            numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (to_teacher, 3), (r["seconds"], 0))
+            numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (ratio(r, self.rows), 3),
+                       (r["seconds"], 0))
             lines.append(form(r["name"], r["stage"], f"{r['tokens']:,}",
                               *("-" if x is None else f"{x:.{digits}f}" for x, digits in numbers)))
         return "\n".join(lines)
@@ -459,7 +475,7 @@ def convert(config):
     if not results.find(**base):
         results.add(**base, **before)
     n_tokens = config.steps * config.batch_size * stage2.block_size
-    if config.reference and not config.plain and config.steps and not references(results.rows, n_tokens):
+    if config.reference and not is_plain(config) and config.steps and not references(results.rows, n_tokens):
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
         reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0, softmax_layers=0,
                             window=0)

@@ -420,15 +420,11 @@ def sliding_window(q, k, v, window, dropout=0.0):
 
     Time is cut into blocks as long as the window: a block of queries needs its own keys and those of the block before.
     """
-    T, W = q.shape[2], window
-    q, k, v = (F.pad(x, (0, 0, 0, -T % W)).unflatten(2, (-1, W)).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-
-    def with_block_before(x):                                                             # (B N, H, W, D)
-        x = x.unflatten(0, (-1, n_block))
-        return torch.cat((F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x), dim=3).flatten(0, 1)
-
+    T, W = q.shape[2], min(window, q.shape[2])
     n_block = -(-T // W)
-    k, v = with_block_before(k), with_block_before(v)                                     # (B N, H, 2W, D)
+    q, k, v = (F.pad(x, (0, 0, 0, -T % W)).unflatten(2, (-1, W)).transpose(1, 2) for x in (q, k, v))
+    k, v = (torch.cat((F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), x), dim=3) for x in (k, v))
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)                           # (B N, H, W or 2W, D)
     i, j = torch.arange(W, device=q.device).unsqueeze(1) + W, torch.arange(2 * W, device=q.device)
     seen = (j <= i) & (j > i - W)                                                         # (W, 2W)
     first = torch.arange(len(q), device=q.device) % n_block == 0                          # has no block before
@@ -493,9 +489,9 @@ class CausalSelfAttention(nn.Module):
                 k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
             start = max(0, past + T + 1 - self.window)
             cache.update(k=k[:, :, start:].clone(), v=v[:, :, start:].clone(), offset=cache.get("offset", 0) + T)
-        if T == 1:  # sees all of it
-            return F.scaled_dot_product_attention(q, k, v)
         dropout = self.dropout if self.training else 0.0
+        if T == 1:  # sees all of it
+            return F.scaled_dot_product_attention(q, k, v, None, dropout)
         return sliding_window(F.pad(q, (0, 0, past, 0)), k, v, self.window, dropout)[:, :, past:]
 
     def softmax(self, q, k, v, cache):
@@ -566,8 +562,8 @@ class GPT(nn.Module):
     def new_cache(self):
         """An empty past, one dict a layer: pass it to `forward` with each next piece of the sequence.
 
-        Linear attention keeps (B, H, P, D+1) a layer, whatever the length; softmax two (B, H, block_size, D) buffers;
-        short_conv, if there is one, (B, short_conv - 1, 3C) besides.
+        Linear attention keeps (B, H, P, D+1) a layer, whatever the length; softmax two (B, H, block_size, D) buffers,
+        or window - 1 tokens of them; short_conv, if there is one, (B, short_conv - 1, 3C) besides.
         """
         return [{} for _ in self.transformer.h]
 

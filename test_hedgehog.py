@@ -517,6 +517,20 @@ def test_the_first_layers_keep_softmax_and_their_window():
     assert not torch.allclose(whole(idx)[0][:, 5:], model(idx)[0][:, 5:])
 
 
+def test_a_window_longer_than_the_text_costs_no_more_than_the_text():
+    q, k, v = torch.randn(3, 1, 2, 9, 4)
+    assert_close(hedgehog.sliding_window(q, k, v, 10 ** 9), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize("T", [1, 16])
+def test_dropout_acts_in_a_window_while_training(T):
+    model = tiny_gpt("hedgehog", softmax_layers=1, window=5, dropout=0.5)
+    attn, x = model.transformer.h[0].attn, torch.randn(2, T, 8, dtype=torch.float64)
+    attn.resid_dropout.p = 0.0
+    assert_close(attn.eval()(x), attn(x))
+    assert not torch.allclose(attn.train()(x), attn(x))
+
+
 def test_the_cache_of_a_window_is_as_long_as_the_window():
     model, idx = tiny_gpt("hedgehog", softmax_layers=1, window=5), tokens(16)
     cache = model.new_cache()

@@ -315,7 +315,8 @@ def training_flops(model):
 
     6 for each weight of a matrix product (2 forward, 4 backward), the output matrix included, the embeddings not; and
     three times the attention's forward. That is in a layer, with P features a head,
-        softmax    2 T C, or 4 window C            two products of width D with the T / 2 keys before, on average
+        softmax    2 T C                           two products of width D with the T / 2 keys before, on average
+        window     4 C times its mean length       window - window^2 / 2T
         linear     4 P (D + 1) H + maps of q, k    the state takes up a token and answers it: the recurrent form
     so recomputed features and the products inside a chunk count as overhead, not as work done. Norms, activations and a
     short convolution are left out: thousandths.
@@ -324,7 +325,8 @@ def training_flops(model):
     weights, D = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), c.n_embd // c.n_head
     for block in model.transformer.h:
         if block.attn.linear is None:
-            attention += 4 * min(c.block_size / 2, block.attn.window or math.inf) * c.n_embd
+            window = min(block.attn.window or c.block_size, c.block_size)
+            attention += 4 * (window - window ** 2 / (2 * c.block_size)) * c.n_embd
         else:
             phi = block.attn.linear.map_q
             width = D if phi.weight is not None else phi.feature_dim if phi.kind == "performer" else 0

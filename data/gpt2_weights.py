@@ -160,7 +160,7 @@ def export(model, folder):
         save_file({n: conv1d(n, p.detach()).cpu().contiguous() for n, p in tensors}, part / "model.safetensors",
                   metadata={"format": "pt"})
         save_sha256(part / "model.safetensors")
-        plain = c.attention == "softmax" and c.bias and not c.short_conv
+        plain = c.attention == "softmax" and c.bias and not c.short_conv and not c.window
         save_json(part / "config.json", dict(
             model_type="gpt2" if plain else "hedgehog_gpt2", architectures=["GPT2LMHeadModel" if plain else "GPT"],
             vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,

@@ -17,17 +17,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed package
 import plot  # noqa: E402
-from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, ratio  # noqa: E402
+from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio  # noqa: E402
 from train_gpt import save_json  # noqa: E402
 
-SAID_ELSEWHERE = MAY_CHANGE | {"teacher", "attention", "seed", "maps"}
+SAID_ELSEWHERE = MAY_CHANGE | {"teacher", "attention", "seed"}
 
 
 def options(folder, name):
-    """What a conversion does otherwise than its preset."""
+    """What a conversion does otherwise than its preset. Maps of an earlier one are told by its name."""
     config = json.loads((folder / name / "config.json").read_text())["config"]
     usual = asdict(ConvertConfig(**PRESETS[config["preset"]]))
-    return {key: value for key, value in config.items() if value != usual[key] and key not in SAID_ELSEWHERE}
+    found = {key: value for key, value in config.items() if value != usual[key] and key not in SAID_ELSEWHERE}
+    return found | ({"maps": Path(found["maps"]).parent.parent.name} if "maps" in found else {})
 
 
 def conversions(rows):
@@ -69,9 +70,13 @@ def main(folders, out):
     new = []
     for folder in folders:
         for row in json.loads((folder / "summary.json").read_text()):
+            if any((r["name"], r["stage"], r["tokens"]) == (row["name"], row["stage"], row["tokens"]) for r in new):
+                if row["stage"] == "teacher":                                             # each folder has it
+                    continue
+                raise ValueError(f"{folder} and a folder before it both hold {row['name']}: give one of them a --name")
             extra = dict(options=options(folder, row["name"])) if row["stage"] != "teacher" else {}
             if "kl" in row:
-                extra["mean_kl"] = sum(row["kl"]) / len(row["kl"])
+                extra["mean_kl"] = mean_of_layers(row["kl"], row.get("softmax_layers", 0))
             new.append(row | extra)
             for stage, ending in (("distilled", "-distilled"), ("finetuned", "")):
                 log = folder / row["name"] / stage / "log.csv"
@@ -79,7 +84,7 @@ def main(folders, out):
                     shutil.copy(log, out / f"{row['name']}{ending}.csv")
     replaced = {row["name"] for row in new}
     rows = [row for row in (json.loads(path.read_text()) if path.exists() else []) if row["name"] not in replaced]
-    rows += [row for i, row in enumerate(new) if row["stage"] != "teacher" or row not in new[:i]]
+    rows += new
     rows = [row | dict(ratio=ratio(row, rows)) for row in rows]
     save_json(path, rows)
     if any(row["stage"] == "finetuned" for row in rows):

@@ -38,6 +38,9 @@ def main(args):
     linear, n = [block.attn.linear for block in model.transformer.h], model.config.n_layer
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
 
+    if model.config.softmax_layers:
+        raise ValueError(f"{args.conversion} keeps softmax in its first layers: give a conversion of all layers")
+
     def nats(layers):
         attend_linearly(model, layers, linear)
         return evaluate(model, text, model.config.block_size, config.batch_size, device, autocast)

@@ -84,9 +84,10 @@ def loss_curves(folder):
 
 
 def softmax_beside(row, rows):
-    """The best softmax of the same text, as many tokens and the same short_conv, which helps softmax too; or None."""
+    """The best softmax of the same text, as many tokens and the same short_conv and window, which help softmax too; or
+    None."""
     def setting(r):
-        return r["data"], r["tokens"], r["options"].get("short_conv", 0)
+        return r["data"], r["tokens"], r["options"].get("short_conv", 0), r["options"].get("window", 0)
     same = [r for r in rows if r["attention"] == "softmax" and setting(r) == setting(row)]
     return min(same, key=lambda r: r["test_ppl"], default=None)
 
@@ -211,22 +212,16 @@ def conversion(path):
     rows, lines = json.loads(path.read_text()), {}
     for row in rows:
         if row["stage"] == "finetuned" and row["ratio"]:
-            best = lines.setdefault(conversion_label(row, rows), {})
+            best = lines.setdefault((row["attention"], conversion_variant(row, rows)), {})
             best[row["tokens"]] = min(row["ratio"], best.get(row["tokens"], math.inf))
-    kinds = list(dict.fromkeys(row["attention"] for row in rows if row["attention"] != "softmax"))
-
-    def style(name, among):
-        """One colour an attention; what was added to it or left out shows in the line."""
-        kind = name.split(",")[0]
-        line = [other for other in among if other.split(",")[0] == kind].index(name)
-        return dict(color=COLORS[kinds.index(kind)] if kind in kinds else GREY, linestyle=("-", "--", ":", "-.")[line % 4],
-                    marker=("o", "s", "^", "D")[line % 4])
-
+    kinds = [kind for kind in dict.fromkeys(row["attention"] for row in rows) if kind != "softmax"]
+    colors = {"softmax": GREY} | dict(zip(kinds, COLORS))
+    styles = dict(zip(sorted({variant for _, variant in lines}), 2 * ("o-", "s--", "^:", "D-.")))
     fig, [[left, right]] = figure(columns=2, height=4.6)
     lines = dict(sorted(lines.items(), key=lambda line: line[1][max(line[1])]))
-    for name, points in lines.items():
+    for (kind, variant), points in lines.items():
         x, y = zip(*sorted(points.items()))
-        left.plot([tokens / 1e6 for tokens in x], y, label=name, **style(name, sorted(lines)))
+        left.plot([tokens / 1e6 for tokens in x], y, styles[variant], label=kind + variant, color=colors[kind])
     left.set(xscale="log", xlabel="tokens of finetuning, millions", ylabel="perplexity / finetuned teacher's")
     ticks = sorted({tokens / 1e6 for points in lines.values() for tokens in points})
     left.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
@@ -234,27 +229,31 @@ def conversion(path):
     left.margins(x=0.15)
     left.legend()
     drawn = {}
-    for row in rows:  # maps that learn are drawn distilled, and those of the longest distillation
+    for row in rows:  # all layers; maps that learn are drawn distilled, and those of the longest distillation
         last = drawn.get(row["attention"], row)
-        if "kl" in row and (row["stage"] == "distilled", row["tokens"]) >= (last["stage"] == "distilled", last["tokens"]):
+        if "kl" in row and not row.get("softmax_layers") and (row["stage"] == "distilled", row["tokens"]) >= (
+                last["stage"] == "distilled", last["tokens"]):
             drawn[row["attention"]] = row
-    for name, row in sorted(drawn.items(), key=lambda item: item[1]["mean_kl"]):
+    for kind, row in sorted(drawn.items(), key=lambda item: item[1]["mean_kl"]):
         stage = {"distilled": "distilled", "swapped": "as it is"}[row["stage"]]
-        right.plot(range(len(row["kl"])), row["kl"], label=f"{name}, {stage}", **style(name, [name]))
+        right.plot(range(len(row["kl"])), row["kl"], "o-", label=f"{kind}, {stage}", color=colors[kind])
     right.set(xlabel="layer", ylabel="KL from softmax (nats)")
     right.set_ylim(0, 1.3 * right.get_ylim()[1])
     right.legend()
-    name = next((name for name in lines if name != "softmax"), None)
-    save(fig, path.with_suffix(".png"), f"{name}: {lines[name][max(lines[name])]:.3f} x the finetuned teacher's "
-         "perplexity" if name else "The teacher alone")
+    linear = next((line for line in lines if line[0] != "softmax"), None)
+    save(fig, path.with_suffix(".png"), f"{''.join(linear)}: {lines[linear][max(lines[linear])]:.3f} x the finetuned "
+         "teacher's perplexity" if linear else "The teacher alone")
 
 
-def conversion_label(row, rows):
-    """What a line of the figure is: the attention and what was added to it or left out, whatever the rates."""
+def conversion_variant(row, rows):
+    """What was added to an attention, or left out, whatever the rates: "", ", undistilled", ..."""
     distilled = any(r["name"] == row["name"] and r["stage"] == "distilled" for r in rows)
     learns = row["attention"] in ("hedgehog", "hedgehog_exp", "t2r")
-    convolution = f", convolution of {row['short_conv']}" if row.get("short_conv") else ""
-    return row["attention"] + convolution + (", undistilled" if learns and not distilled else "")
+    flags = [(row.get("short_conv"), "convolution of {}"), (row.get("softmax_layers"), "softmax in the first {}"),
+             (row.get("window"), "window {}"), (learns and not distilled, "undistilled")]
+    flags += [(row["options"].get(name), name.replace("_", " ")) for name in (
+        "feature_bias", "tie_qk", "learn_temperature", "map_scale", "lora_rank")]
+    return "".join(f", {text.format(value)}" for value, text in flags if value)
 
 
 def layers(path):

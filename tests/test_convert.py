@@ -186,17 +186,18 @@ def test_weights_too_faint_for_linear_attention_are_raised_without_a_change_of_t
     q, k, v = torch.randn(3, 1, 2, 9, 4, dtype=dtype)
     phi_q, phi_k = (q @ k.mT / 2).exp(), torch.eye(9, dtype=dtype).expand(1, 2, 9, 9)     # which are softmax itself
     softmax = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    for faint in (1e-20, 1e-300):
+    for faint in ({}, dict(faint=1e-300)):  # the default, and none
         log_scale = torch.full((1, 2, 9, 1), -75.0, dtype=dtype, requires_grad=True)
         optimizer = torch.optim.SGD([log_scale], lr=5)  # of which a row sees 1 / 18
         for _ in range(150):
-            cross_entropy, entropy = imitation_loss(q, k, log_scale.exp() * phi_q, phi_k, faint=faint)
+            cross_entropy, entropy = imitation_loss(q, k, log_scale.exp() * phi_q, phi_k, **faint)
             torch.testing.assert_close(cross_entropy, entropy, rtol=1e-4, atol=0)
             optimizer.zero_grad()
             cross_entropy.backward()
             optimizer.step()
         y = linear_attention(log_scale.detach().exp() * phi_q, phi_k, v)
-        if faint == 1e-20:
+        if not faint:
+            assert 1e-22 < log_scale.exp().min() and log_scale.exp().max() < 1e-15        # and not raised any further
             torch.testing.assert_close(y, softmax, rtol=1e-4, atol=1e-4)
         else:
             assert (y == 0).all(dim=-1).float().mean() > 0.8
@@ -332,6 +333,9 @@ def test_first_layers_that_keep_softmax_are_not_distilled(command, tmp_path, tea
     results = command("--softmax-layers", "1", "--window", "8")
     assert [(r["name"], r["stage"]) for r in results.rows[1:]] == [("softmax", "finetuned")] + [
         ("hedgehog-first1x8", stage) for stage in ("swapped", "distilled", "finetuned")]
+    assert results.rows[1]["window"] == 0 and results.rows[1]["softmax_layers"] == 0      # the reference is plain
+    again = command("--softmax-layers", "1", "--window", "8", "--resume")                 # nothing is left to do
+    assert again.rows[-1]["valid_nats"] == results.rows[-1]["valid_nats"]
     distilled = results.find(stage="distilled")[0]
     assert distilled["kl"][0] == 0 < distilled["kl"][1] and (distilled["softmax_layers"], distilled["window"]) == (1, 8)
     trained = load_model(tmp_path / "table/hedgehog-first1x8/finetuned/last.pt")[0]
@@ -438,6 +442,8 @@ def test_a_learned_temperature_is_distilled_with_the_maps(command, tmp_path):
     maps = load_checkpoint(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")["model"]
     learned = [p for name, p in maps.items() if name.endswith("log_temperature")]
     assert len(learned) == 4 and all(p.abs().max() > 0 for p in learned)                  # q and k of two layers
+    with pytest.raises(ValueError, match="does not hold the feature maps of this model.*--learn-temperature"):
+        command("--maps", str(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt"), "--name", "without")
 
 
 def test_conversions_that_run_side_by_side_keep_each_others_rows(tmp_path):
@@ -544,7 +550,8 @@ def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path
 @pytest.mark.parametrize("options", [
     dict(attention="softmax"), dict(attention="softmax", tie_head=False), dict(attention="hedgehog"),
     dict(attention="t2r", tie_qk=True), dict(attention="hedgehog", bias=False, feature_bias=True),
-    dict(attention="performer"), dict(attention="hedgehog", short_conv=3), dict(attention="softmax", short_conv=3)])
+    dict(attention="performer"), dict(attention="hedgehog", short_conv=3), dict(attention="softmax", short_conv=3),
+    dict(attention="hedgehog", learn_temperature=True), dict(attention="softmax", softmax_layers=1, window=4)])
 def test_an_exported_model_is_read_back_to_the_last_bit(tmp_path, options):
     model, idx = small_gpt(**options), torch.randint(256, (2, 32))
     export(model, tmp_path / "exported")
@@ -807,7 +814,10 @@ BAD_FLAGS = {
     "that name for softmax with a convolution": (
         ["--attention", "softmax", "--short-conv", "3", "--name", "softmax"], "the name of the finetuned teacher"),
     "a convolution that nothing trains": (["--short-conv", "3", "--lora-rank", "2"], "leave out one of them"),
-    "a convolution of less than nothing": (["--short-conv", "-1"], "short_conv=-1 must be at least 0"),
+    "a convolution of less than nothing": (["--short-conv", "-1"], "--short-conv must be at least 0, got -1"),
+    "a window of no layers": (["--window", "8"], "--window 8 is that of the first layers.*--softmax-layers"),
+    "layers that are softmax anyway": (["--attention", "softmax", "--softmax-layers", "1"], "changes nothing"),
+    "no layer left to convert": (["--softmax-layers", "2"], "leaves none of the teacher's 2 layers to hedgehog"),
     "nothing to resume": (["--resume"], "no conversion at .*leave out --resume"),
 }
 

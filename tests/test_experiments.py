@@ -183,7 +183,7 @@ def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_convolution(
     def row(attention, ppl, data="a", tokens=1, **options):
         return dict(attention=attention, test_ppl=ppl, data=data, tokens=tokens, options=options)
     rows = [row("softmax", 10.0), row("softmax", 9.0, lr=1), row("softmax", 5.0, short_conv=4),
-            row("softmax", 4.0, "b"), row("softmax", 3.0, tokens=2)]
+            row("softmax", 4.0, "b"), row("softmax", 3.0, tokens=2), row("softmax", 2.0, softmax_layers=1, window=8)]
     assert wikitext103.ratio(row("hedgehog", 18.0, map_scale=2), rows) == 2
     assert wikitext103.ratio(row("hedgehog", 15.0, short_conv=4), rows) == 3
     assert wikitext103.ratio(row("hedgehog", 15.0, short_conv=3), rows) is None
@@ -194,48 +194,111 @@ def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_convolution(
 
 @pytest.fixture(scope="module")
 def converted(teacher):
-    """Results of convert_gpt2.py: the teacher and Hedgehog finetuned for two lengths, Hedgehog undistilled, 1 + ELU."""
-    out = teacher / "converted"
+    """Results of convert_gpt2.py on a teacher that attends to something: itself and Hedgehog finetuned for two lengths,
+    Hedgehog undistilled and with softmax in its first layer, 1 + ELU."""
+    out, softmax = teacher / "converted", teacher / "attentive"
+    flags = ("--attention softmax --n-layer 3 --n-head 2 --n-embd 16 --block-size 32 --batch-size 4 --steps 80 --lr 1e-2 "
+             f"--warmup 5 --eval-every 80 --sample-tokens 1 --device cpu --data {teacher / 'data'} --out {softmax}")
+    train(parse_config(TrainConfig, PRESETS, flags.split()))
     flags = (f"--preset wikitext103-fast --no-compile --device cpu --sample-tokens 1 --no-reference --batch-size 4 "
-             f"--distill-batch-size 2 --teacher {teacher / 'run'} --data {teacher / 'data'} --out {out}")
+             f"--distill-batch-size 2 --teacher {softmax} --data {teacher / 'data'} --out {out}")
     maps = f"--maps {out}/hedgehog/distilled/last.pt --distill-steps 0"
     for more in ("--attention softmax --steps 2", "--attention softmax --steps 3 --name softmax-long",
                  "--steps 2 --distill-steps 3 --distill-lr 0.1", f"--steps 3 --name hedgehog-long {maps}",
-                 "--steps 2 --distill-steps 0", "--attention elu --steps 2"):
-        convert_gpt2.convert(parse_config(convert_gpt2.ConvertConfig, convert_gpt2.PRESETS, [*flags.split(), *more.split()]))
+                 "--steps 2 --distill-steps 0", "--attention elu --steps 2",
+                 f"--softmax-layers 1 --window 8 --steps 2 {maps}"):
+        argv = [*flags.split(), *more.split()]
+        convert_gpt2.convert(parse_config(convert_gpt2.ConvertConfig, convert_gpt2.PRESETS, argv))
     return out
 
 
 def test_conversions_are_collected_with_ratios_curves_and_a_table(converted, tmp_path, capsys):
-    conversion.main([converted], tmp_path)
-    conversion.main([converted], tmp_path)  # again: replaced, not doubled
-    rows = json.loads((tmp_path / "summary.json").read_text())
+    out = tmp_path / "results"
+    conversion.main([converted], out)
+    conversion.main([converted], out)  # again: replaced, not doubled
+    rows = json.loads((out / "summary.json").read_text())
     found = {(row["name"], row["stage"]): row for row in rows}
-    assert len(found) == len(rows) and sum(stage == "finetuned" for _, stage in found) == 6
+    assert len(found) == len(rows) and sum(stage == "finetuned" for _, stage in found) == 7
     for name, beside in (("hedgehog", "softmax"), ("hedgehog-long", "softmax-long"), ("elu", "softmax")):
         ppl = [found[name, "finetuned"]["valid_ppl"] for name in (name, beside)]
         assert found[name, "finetuned"]["ratio"] == pytest.approx(ppl[0] / ppl[1], rel=1e-12)
-    assert found["hedgehog", "distilled"]["options"]["distill_lr"] == 0.1
+    assert found["hedgehog", "distilled"]["options"] == dict(
+        distill_steps=3, distill_batch_size=2, distill_lr=0.1, steps=2, batch_size=4)
+    assert found["hedgehog-long", "finetuned"]["options"]["maps"] == "hedgehog"
     assert found["hedgehog", "distilled"]["mean_kl"] < found["hedgehog", "swapped"]["mean_kl"]
-    assert {path.name for path in tmp_path.glob("*.csv")} == {f"{name}.csv" for name in (
-        "softmax", "softmax-long", "hedgehog", "hedgehog-distilled", "hedgehog-long", "hedgehog-undistilled", "elu")}
+    first = found["hedgehog-first1x8", "distilled"]
+    assert first["kl"][0] == 0 and first["mean_kl"] == pytest.approx(sum(first["kl"][1:]) / 2)
+    assert {path.name for path in out.glob("*.csv")} == {f"{name}.csv" for name in (
+        "softmax", "softmax-long", "hedgehog", "hedgehog-distilled", "hedgehog-long", "hedgehog-undistilled",
+        "hedgehog-first1x8", "elu")}
     lines = capsys.readouterr().out.splitlines()
-    assert f"{found['elu', 'finetuned']['ratio']:.3f}" in next(line for line in lines if line.startswith("| elu |"))
-    labels = {plot.conversion_label(row, rows) for row in rows if row["stage"] == "finetuned"}
-    assert labels == {"softmax", "hedgehog", "hedgehog, undistilled", "elu"}
+    cells = next(line for line in lines if line.startswith("| hedgehog |")).split(" | ")
+    row = [found["hedgehog", stage] for stage in ("swapped", "distilled", "finetuned")]
+    assert [cells[2], cells[4], cells[5], cells[8], cells[10]] == [
+        "-", "-", f"{row[1]['mean_kl']:.3f}", f"{row[2]['valid_ppl']:.2f}", f"{row[2]['ratio']:.3f}"]  # no test split
+    variants = {(row["attention"], plot.conversion_variant(row, rows)) for row in rows if row["stage"] == "finetuned"}
+    assert variants == {("softmax", ""), ("hedgehog", ""), ("hedgehog", ", undistilled"), ("elu", ""),
+                        ("hedgehog", ", softmax in the first 1, window 8")}
+    other = tmp_path / "other"
+    (other / "fast").mkdir(parents=True)
+    (other / "fast" / "config.json").write_text((converted / "elu" / "config.json").read_text())
+    teacher_row = found["teacher", "teacher"] | dict(command="another")
+    (other / "summary.json").write_text(json.dumps([teacher_row, found["elu", "swapped"] | dict(name="fast")]))
+    conversion.main([converted, other], out)
+    again = json.loads((out / "summary.json").read_text())
+    assert len(again) == len(rows) + 1                                                    # one teacher, one more row
+    conversion.main([other], out)
+    assert len(json.loads((out / "summary.json").read_text())) == len(again)              # what was there is kept
+    (other / "summary.json").write_text(json.dumps([found["elu", "swapped"]]))
+    with pytest.raises(ValueError, match="both hold elu: give one of them a --name"):
+        conversion.main([converted, other], out)
+
+
+@needs_matplotlib
+def test_a_conversion_is_drawn_at_its_best_rate_and_its_longest_distillation(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plot, "save", lambda fig, path, title: seen.append((title, [
+        (line.get_label(), list(line.get_ydata())) for ax in fig.axes for line in ax.lines])))
+
+    def row(attention, stage, tokens, **values):
+        return dict(name=f"{attention}{values}", attention=attention, stage=stage, tokens=tokens, options={}) | values
+    rows = [row("hedgehog", "finetuned", 5, ratio=2.0), row("hedgehog", "finetuned", 5, ratio=1.5),
+            row("hedgehog", "finetuned", 9, ratio=1.2), row("softmax", "finetuned", 5, ratio=1.0),
+            row("hedgehog", "swapped", 0, kl=[9.0], mean_kl=9.0), row("hedgehog", "distilled", 3, kl=[3.0], mean_kl=3.0),
+            row("hedgehog", "distilled", 7, kl=[2.0], mean_kl=2.0), row("hedgehog", "distilled", 2, kl=[4.0], mean_kl=4.0)]
+    for r in rows[:3]:
+        rows.append(r | dict(stage="distilled", tokens=0))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    plot.conversion(tmp_path / "rows.json")
+    title, lines = seen[0]
+    assert title == "hedgehog: 1.200 x the finetuned teacher's perplexity"
+    assert dict(lines) == {"hedgehog": [1.5, 1.2], "softmax": [1.0], "hedgehog, distilled": [2.0]}
 
 
 def test_layers_are_swapped_one_by_one(converted, tmp_path):
-    layers.main(layers.parse([str(converted / "hedgehog"), "--device", "cpu", "--out", str(tmp_path / "layers.json")]))
-    found = json.loads((tmp_path / "layers.json").read_text())
-    results = {(row["name"], row["stage"]): row for row in json.loads((converted / "summary.json").read_text())}
+    def measure(*flags):
+        layers.main(layers.parse([str(converted / "hedgehog"), "--device", "cpu", "--out", str(tmp_path / "l.json"),
+                                  *flags]))
+        return json.loads((tmp_path / "l.json").read_text())
+    found, results = measure(), {(row["name"], row["stage"]): row
+                                 for row in json.loads((converted / "summary.json").read_text())}
     assert found["softmax"] == pytest.approx(results["teacher", "teacher"]["valid_nats"], abs=1e-6)
     assert found["softmax"] + found["all"] == pytest.approx(results["hedgehog", "distilled"]["valid_nats"], abs=1e-6)
-    first, second = found["rows"]
-    assert (first["alone"], second["alone"]) == pytest.approx((second["but"], first["but"]))  # of two layers
-    assert first["alone"] != pytest.approx(second["alone"], rel=1e-3)
+    config = convert_gpt2.ConvertConfig(**json.loads((converted / "hedgehog" / "config.json").read_text())["config"])
+    for row in found["rows"]:
+        assert abs(row["alone"] - row["but"]) > 1e-3                                         # not each other
+        model = convert_gpt2.swap(convert_gpt2.load_teacher(config)[0], config).eval()
+        convert_gpt2.load_maps(model, converted / "hedgehog" / "distilled" / "last.pt")
+        for i, block in enumerate(model.transformer.h):
+            block.attn.linear = block.attn.linear if i == row["layer"] else None
+        tokens = train_gpt.load_data(config.data, 32)["valid"]
+        alone = train_gpt.evaluate(model, tokens, 32, 4, torch.device("cpu"))
+        assert alone - found["softmax"] == pytest.approx(row["alone"], abs=1e-6)
+    assert measure("--tokens", "100")["tokens"] == 100
     with pytest.raises(ValueError, match="no conversion in .*python convert_gpt2.py"):
         layers.main(layers.parse([str(tmp_path)]))
+    with pytest.raises(ValueError, match="keeps softmax in its first layers"):
+        layers.main(layers.parse([str(converted / "hedgehog-first1x8"), "--device", "cpu"]))
 
 
 # ---------------------------------------------------------------- properties and pictures

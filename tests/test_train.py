@@ -208,7 +208,9 @@ def test_model_flops_are_those_of_the_equations():
     assert flops(attention="hedgehog") == weights + 2 * 3 * 12 * (4 * 128 * 65 + 4 * 64 * 64)
     assert flops(attention="elu") == weights + 2 * 3 * 12 * 4 * 64 * 65
     assert flops(attention="elu", softmax_layers=1) == weights + 6 * 1024 * 768 + 3 * 12 * 4 * 64 * 65
-    assert flops(attention="softmax", softmax_layers=2, window=64) == weights + 2 * 3 * 4 * 64 * 768
+    assert flops(attention="softmax", softmax_layers=2, window=64) == weights + 2 * 3 * 4 * (64 - 64 / 32) * 768
+    for window in (1024, 9999):
+        assert flops(attention="softmax", softmax_layers=2, window=window) == flops(attention="softmax")
     assert flops(attention="hedgehog", tie_head=False, tie_qk=True) == flops(attention="hedgehog")
 
 
