@@ -307,8 +307,8 @@ def load_maps(model, path):
     more = [name for name in checkpoint["model"] if name.startswith(layers) and name not in known]
     if more or {name: p.shape for name, p in given.items()} != {name: p.shape for name, p in maps.items()}:
         raise ValueError(f"{path} does not hold the feature maps of this model: --attention, --feature-bias, --tie-qk, "
-                         "--learn-temperature and the teacher must be those that it was made with, and --softmax-layers "
-                         "at least as many")
+                         "--learn-temperature and the teacher must be those that it was made with, and "
+                         "--softmax-layers at least as many")
     model.load_state_dict(given, strict=False)
     return checkpoint
 
@@ -432,7 +432,8 @@ class Results:
     def __str__(self):
         """The table."""
         head = ("name", "stage", "tokens", "nats", "valid ppl", "test ppl", "ratio", "seconds")
-        form = "{:24}{:10}{:>13}{:>9}{:>11}{:>11}{:>8}{:>9}".format
+        width = max([22, *(len(r["name"]) for r in self.rows)]) + 2
+        form = f"{{:{width}}}{{:10}}{{:>13}}{{:>9}}{{:>11}}{{:>11}}{{:>8}}{{:>9}}".format
         lines = [form(*head)]
         for r in self.rows:
             numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (ratio(r, self.rows), 3),

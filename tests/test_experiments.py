@@ -197,8 +197,8 @@ def converted(teacher):
     """Results of convert_gpt2.py on a teacher that attends to something: itself and Hedgehog finetuned for two lengths,
     Hedgehog undistilled and with softmax in its first layer, 1 + ELU."""
     out, softmax = teacher / "converted", teacher / "attentive"
-    flags = ("--attention softmax --n-layer 3 --n-head 2 --n-embd 16 --block-size 32 --batch-size 4 --steps 80 --lr 1e-2 "
-             f"--warmup 5 --eval-every 80 --sample-tokens 1 --device cpu --data {teacher / 'data'} --out {softmax}")
+    flags = ("--attention softmax --n-layer 3 --n-head 2 --n-embd 16 --block-size 32 --batch-size 4 --steps 80 "
+             f"--lr 1e-2 --warmup 5 --eval-every 80 --sample-tokens 1 --device cpu --data {teacher / 'data'} --out {softmax}")
     train(parse_config(TrainConfig, PRESETS, flags.split()))
     flags = (f"--preset wikitext103-fast --no-compile --device cpu --sample-tokens 1 --no-reference --batch-size 4 "
              f"--distill-batch-size 2 --teacher {softmax} --data {teacher / 'data'} --out {out}")
@@ -264,8 +264,8 @@ def test_a_conversion_is_drawn_at_its_best_rate_and_its_longest_distillation(tmp
         return dict(name=f"{attention}{values}", attention=attention, stage=stage, tokens=tokens, options={}) | values
     rows = [row("hedgehog", "finetuned", 5, ratio=2.0), row("hedgehog", "finetuned", 5, ratio=1.5),
             row("hedgehog", "finetuned", 9, ratio=1.2), row("softmax", "finetuned", 5, ratio=1.0),
-            row("hedgehog", "swapped", 0, kl=[9.0], mean_kl=9.0), row("hedgehog", "distilled", 3, kl=[3.0], mean_kl=3.0),
-            row("hedgehog", "distilled", 7, kl=[2.0], mean_kl=2.0), row("hedgehog", "distilled", 2, kl=[4.0], mean_kl=4.0)]
+            row("hedgehog", "swapped", 0, kl=[9.0], mean_kl=9.0)]
+    rows += [row("hedgehog", "distilled", tokens, kl=[kl], mean_kl=kl) for tokens, kl in ((3, 3.0), (7, 2.0), (2, 4.0))]
     for r in rows[:3]:
         rows.append(r | dict(stage="distilled", tokens=0))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
