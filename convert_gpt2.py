@@ -3,6 +3,7 @@
     python convert_gpt2.py                                 the tiny softmax model of train_gpt.py, trained if need be
     python convert_gpt2.py --attention t2r                 the same with another feature map
     python convert_gpt2.py --distill-steps 0               the same without distillation
+    python convert_gpt2.py --preset wikitext103-fast       the GPT of that preset of train_gpt.py, 5 minutes of an H100
     python convert_gpt2.py --preset gpt2                   GPT-2 124M on WikiText-103, the paper's experiment
 
 The teacher is GPT-2 from the Hugging Face hub, a folder that holds its two files, or a run of train_gpt.py. All

@@ -3,7 +3,7 @@
     python experiments/layers.py runs/convert-tiny/hedgehog                a conversion of convert_gpt2.py
 
 Nothing is trained: all layers share the teacher's weights, and each attends either by softmax or by its distilled maps.
-`alone` is what the validation loss gains by linear attention in that layer, `but` what it gains in all the others.
+`alone` is by how much the validation loss rises with linear attention in that layer, `but` with it in all the others.
 """
 
 import argparse
@@ -31,15 +31,14 @@ def main(args):
         raise ValueError(f"no conversion in {args.conversion}: make one with python convert_gpt2.py, or mend the path")
     config = ConvertConfig(**json.loads(path.read_text())["config"] | dict(
         maps=str(args.conversion / "distilled" / "last.pt"), device=args.device))
+    if config.softmax_layers:
+        raise ValueError(f"{args.conversion} keeps softmax in its first layers: give a conversion of all layers")
     device, dtype, _ = pick_device(config.device, config.dtype)
     teacher, tokenizer = load_teacher(config)
     model = swap(teacher, config).to(device).eval()
     text = find_text(stage_config(config, model, "finetuned"), model, tokenizer)["valid"][:args.tokens or None]
     linear, n = [block.attn.linear for block in model.transformer.h], model.config.n_layer
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-    if model.config.softmax_layers:
-        raise ValueError(f"{args.conversion} keeps softmax in its first layers: give a conversion of all layers")
 
     def nats(layers):
         attend_linearly(model, layers, linear)

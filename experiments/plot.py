@@ -264,7 +264,7 @@ def layers(path):
     ax.axhline(found["all"], color=GREY, linestyle="--", linewidth=1.2)
     ax.text(-0.4, found["all"], "in all layers", va="bottom", color=GREY)
     ax.set_xticks(x, [row["layer"] for row in rows])
-    ax.set(xlabel=f"layer with {found['attention']} instead of softmax", ylabel="loss gained (nats)")
+    ax.set(xlabel=f"layer with {found['attention']} instead of softmax", ylabel="rise of the loss (nats)")
     ax.grid(axis="x", visible=False)
     worst = max(rows, key=lambda row: row["alone"])
     save(fig, path.with_suffix(".png"), f"Layer {worst['layer']} alone costs {worst['alone']:.2f} nats, all layers "
