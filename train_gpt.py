@@ -334,11 +334,11 @@ def training_flops(model):
     return 6 * weights + 3 * attention
 
 
-def utilisation(model, tokens_per_second, device):
-    """Model FLOPs done, as a part of what the GPU can do in bf16; None for a device that is not in the list."""
+def utilisation(model, tokens_per_second, device, world=1):
+    """Model FLOPs done, as a part of what `world` such GPUs can do in bf16; None for one that is not in the list."""
     name = device_name(device) if device.type == "cuda" else ""
     peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
-    return training_flops(model) * tokens_per_second / (peak * 1e12) if peak else None
+    return training_flops(model) * tokens_per_second / (world * peak * 1e12) if peak else None
 
 
 def reset_peak(device):
@@ -666,7 +666,7 @@ def train(config, model=None):
                 save("best.pt", "last.pt") if improved else save("last.pt")  # last.pt says that best.pt is there
                 if log:
                     log.row(step, tokens_per_step, learning_rate(step, config), state, nats, rate(),
-                            utilisation(raw, rate(), device), about)
+                            utilisation(raw, rate(), device, world), about)
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
@@ -682,7 +682,7 @@ def train(config, model=None):
                 raise SystemExit(130)
     summary = None
     if rank == 0:
-        summary = finish(config, raw, data, out, device, autocast, micro, state, rate(), about)
+        summary = finish(config, raw, data, out, device, autocast, micro, state, rate(), about, world)
         text = tokenizer.decode_bytes(raw.generate(prompt.to(device), config.sample_tokens, 0.8, top_k=50)[0].tolist())
         say(f"best after step {summary['best_step']}: valid {summary['valid_nats']:.4f} nats, perplexity "
             f"{summary['valid_ppl']:.2f} per {unit}, {rate():,.0f} {unit}s/s, {state['seconds']:.0f} s of training\n"
@@ -740,7 +740,7 @@ def move_aside(out, say):
     say(f"{out} held an earlier run: it is now {aside}")
 
 
-def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second, about):
+def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second, about, world):
     """Evaluate the best checkpoint, also on the test split if there is one, and write summary.json."""
     best = load_checkpoint(out / "best.pt")
     model.load_state_dict(best["model"])
@@ -750,7 +750,7 @@ def finish(config, model, data, out, device, autocast, micro, state, tokens_per_
                    steps=config.steps, tokens=trained, epochs=trained / meta["tokens"]["train"], seed=config.seed,
                    best_step=best["state"]["step"], unit=meta["unit"])
     summary |= evaluate_splits(model, data, config.block_size, micro, device, autocast)
-    summary |= dict(tokens_per_second=tokens_per_second, mfu=utilisation(model, tokens_per_second, device),
+    summary |= dict(tokens_per_second=tokens_per_second, mfu=utilisation(model, tokens_per_second, device, world),
                     train_seconds=state["seconds"], peak_gib=state["peak_gib"])
     summary |= dict(about, command=state["commands"][0], resumed=len(state["commands"]) - 1)
     save_json(out / "summary.json", summary)

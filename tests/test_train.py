@@ -220,6 +220,8 @@ def test_utilisation_is_known_for_the_gpus_in_the_list_alone(monkeypatch):
     assert train_gpt.utilisation(model, 1e6, gpu) == pytest.approx(train_gpt.training_flops(model) * 1e6 / 989e12)
     monkeypatch.setattr(train_gpt, "device_name", lambda device: "NVIDIA H100 PCIe")
     assert train_gpt.utilisation(model, 1e6, gpu) == pytest.approx(train_gpt.training_flops(model) * 1e6 / 756e12)
+    two = train_gpt.utilisation(model, 1e6, gpu, world=2)  # the tokens a second of both
+    assert two == pytest.approx(train_gpt.utilisation(model, 1e6, gpu) / 2)
     monkeypatch.setattr(train_gpt, "device_name", lambda device: "Quadro")
     assert train_gpt.utilisation(model, 1e6, gpu) is None and train_gpt.utilisation(model, 1e6, CPU) is None
 
