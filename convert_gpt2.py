@@ -262,11 +262,12 @@ def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
         x = transformer.wte(idx) + transformer.wpe(torch.arange(idx.shape[1], device=idx.device))   # (B, T, C)
         for block in transformer.h:
             q, k, v = block.attn.split_heads(block.ln_1(x))                               # (B, H, T, D)
-            maps = block.attn.linear
-            with torch.set_grad_enabled(learn and maps is not None):
-                both = loss(q, k, maps.map_q(q, is_query=True), maps.map_k(k)) if maps else x.new_zeros(2)
-            if learn and maps:
-                both[0].backward()
+            maps, both = block.attn.linear, x.new_zeros(2)
+            if maps is not None:
+                with torch.set_grad_enabled(learn):
+                    both = loss(q, k, maps.map_q(q, is_query=True), maps.map_k(k))
+                if learn:
+                    both[0].backward()
             losses.append(torch.stack([value.detach() for value in both]))
             x = x + block.attn.merge_heads(block.attn.softmax(q, k, v, cache=None))
             x = x + block.mlp(block.ln_2(x))

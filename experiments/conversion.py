@@ -11,7 +11,6 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed
 import plot  # noqa: E402
 from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio  # noqa: E402
 from train_gpt import save_json  # noqa: E402
+from wikitext103 import departures, number  # noqa: E402
 
 SAID_ELSEWHERE = MAY_CHANGE | {"teacher", "attention", "seed"}
 
@@ -26,8 +26,7 @@ SAID_ELSEWHERE = MAY_CHANGE | {"teacher", "attention", "seed"}
 def options(folder, name):
     """What a conversion does otherwise than its preset. Maps of an earlier one are told by its name."""
     config = json.loads((folder / name / "config.json").read_text())["config"]
-    usual = asdict(ConvertConfig(**PRESETS[config["preset"]]))
-    found = {key: value for key, value in config.items() if value != usual[key] and key not in SAID_ELSEWHERE}
+    found = departures(config, ConvertConfig(**PRESETS[config["preset"]]), SAID_ELSEWHERE)
     return found | ({"maps": Path(found["maps"]).parent.parent.name} if "maps" in found else {})
 
 
@@ -41,25 +40,25 @@ def conversions(rows):
 
 def table(rows):
     """Markdown, a line a conversion, a dash where nothing is known."""
-    def number(stage, key, form, scale=1):
+    def cell(stage, key, form, scale=1):
         value = stages.get(stage, {}).get(key)
-        return "-" if value is None else format(value / scale, form)
+        return number(None if value is None else value / scale, form)
 
     lines = ["| | otherwise than the preset | swapped in | distilled, M tokens | ppl | KL | GiB | finetuned, M tokens "
              "| valid ppl | test ppl | ratio | minutes | GiB |", "|---" * 13 + "|"]
     for name, stages in conversions(rows).items():
         some = next(iter(stages.values()))
         if "teacher" in stages:
-            ppl = [number("teacher", key, ".2f") for key in ("valid_ppl", "test_ppl")]
+            ppl = [cell("teacher", key, ".2f") for key in ("valid_ppl", "test_ppl")]
             lines.append("| teacher | - | - | - | - | - | - | 0 | " + " | ".join(ppl) + " | - | - | - |")
             continue
         cells = [name, ", ".join(f"{key} {value}" for key, value in some["options"].items()) or "-",
-                 number("swapped", "test_ppl", ".1f"), number("distilled", "tokens", ".1f", 1e6),
-                 number("distilled", "test_ppl", ".2f"), number("distilled", "mean_kl", ".3f"),
-                 number("distilled", "peak_gib", ".1f"), number("finetuned", "tokens", ".1f", 1e6),
-                 number("finetuned", "valid_ppl", ".2f"), number("finetuned", "test_ppl", ".2f"),
-                 number("finetuned", "ratio", ".3f"), number("finetuned", "seconds", ".1f", 60),
-                 number("finetuned", "peak_gib", ".1f")]
+                 cell("swapped", "test_ppl", ".1f"), cell("distilled", "tokens", ".1f", 1e6),
+                 cell("distilled", "test_ppl", ".2f"), cell("distilled", "mean_kl", ".3f"),
+                 cell("distilled", "peak_gib", ".1f"), cell("finetuned", "tokens", ".1f", 1e6),
+                 cell("finetuned", "valid_ppl", ".2f"), cell("finetuned", "test_ppl", ".2f"),
+                 cell("finetuned", "ratio", ".3f"), cell("finetuned", "seconds", ".1f", 60),
+                 cell("finetuned", "peak_gib", ".1f")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

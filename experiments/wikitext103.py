@@ -22,12 +22,20 @@ from train_gpt import MAY_CHANGE_ON_RESUME, PRESETS, TrainConfig, save_json  # n
 PAPER = {"softmax": 18.6, "hedgehog": 20.8, "elu": 25.6, "performer": 26.8}  # 100 epochs of WikiText-103, test
 
 
+def departures(config, usual, left_out):
+    """{flag: value} of a run's config (a dict) where it is not as in `usual`, its preset's dataclass."""
+    usual = asdict(usual)
+    return {key: value for key, value in config.items() if value != usual[key] and key not in left_out}
+
+
+def number(value, form):
+    return "-" if value is None else format(value, form)
+
+
 def row(run, commit=None):
     about, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
     config, preset = about["config"], about["config"]["preset"]
-    usual = asdict(TrainConfig(**PRESETS[preset]))
-    options = {key: value for key, value in config.items()
-               if value != usual[key] and key not in MAY_CHANGE_ON_RESUME | {"attention", "seed"}}
+    options = departures(config, TrainConfig(**PRESETS[preset]), MAY_CHANGE_ON_RESUME | {"attention", "seed"})
     name = run.resolve().name.removeprefix(preset + "-")
     if commit and summary["commit"] == "unknown":  # no git where it ran
         summary["commit"] = commit
@@ -42,9 +50,6 @@ def ratio(row, rows):
 
 def table(rows):
     """Markdown: ours beside the paper's, a dash where nothing is known."""
-    def number(value, form):
-        return "-" if value is None else format(value, form)
-
     lines = ["| attention | otherwise than the preset | trained on | tokens, M | hours | valid ppl | test ppl "
              "| x softmax | test ppl a word | tokens/s | MFU | GiB | the paper's test ppl |", "|---" * 13 + "|"]
     for r in rows:
