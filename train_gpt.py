@@ -468,8 +468,10 @@ def provenance(device):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
-    return dict(command=" ".join(["python", *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
-                python=platform.python_version(), device=device_name(device))
+    world = int(os.environ.get("WORLD_SIZE", 1))                                          # set by torchrun
+    start, devices = (f"torchrun --nproc-per-node {world}", f"{world} x ") if world > 1 else ("python", "")
+    return dict(command=" ".join([start, *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
+                python=platform.python_version(), device=devices + device_name(device))
 
 
 class Log:

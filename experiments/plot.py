@@ -83,12 +83,14 @@ def loss_curves(folder):
          + ", ".join(f"{name} {nats:.2f}" for name, nats in first))
 
 
-def softmax_beside(row, rows):
-    """The best softmax of the same text, as many tokens and the same short_conv and window, which help softmax too; or
-    None."""
-    def setting(r):
-        return r["data"], r["tokens"], r["options"].get("short_conv", 0), r["options"].get("window", 0)
-    same = [r for r in rows if r["attention"] == "softmax" and setting(r) == setting(row)]
+def softmax_beside(row, rows, plain=False):
+    """The best softmax of the same text and as many tokens: with the row's own convolution and window, or the plain
+    one that the paper compares with. None without one."""
+    def setting(r, plain):
+        options = {} if plain else r["options"]
+        window = options.get("window", 0)  # without one, layers that keep softmax are as in the plain one
+        return r["data"], r["tokens"], options.get("short_conv", 0), window, window and options.get("softmax_layers", 0)
+    same = [r for r in rows if r["attention"] == "softmax" and setting(r, False) == setting(row, plain)]
     return min(same, key=lambda r: r["test_ppl"], default=None)
 
 
@@ -103,10 +105,9 @@ def perplexities(path):
     bars(ax, list(names.values()), [row["test_ppl"] for row in rows], f"test perplexity{trained}")
     for bar, row in zip(ax.patches, rows):
         bar.set_color(color(row["attention"]))
-    pairs = [(row, softmax_beside(row, rows)) for row in rows if row["attention"] != "softmax"]
-    linear, softmax = next((pair for pair in pairs if pair[1]), (None, None))
-    save(fig, path.with_name("perplexity.png"), f"{linear['name']}: {linear['test_ppl'] / softmax['test_ppl']:.3f} "
-         f"times the perplexity of {softmax['name']}" if linear else
+    pairs = [(row, softmax_beside(row, rows, plain=True)) for row in rows if row["attention"] != "softmax"]
+    ratios = [f"{row['name']} {row['test_ppl'] / softmax['test_ppl']:.3f}" for row, softmax in pairs if softmax]
+    save(fig, path.with_name("perplexity.png"), "Times softmax's perplexity: " + ", ".join(ratios[:3]) if ratios else
          f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
 
 

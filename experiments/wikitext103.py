@@ -42,20 +42,22 @@ def row(run, commit=None):
     return dict(name=name, preset=preset, data=Path(config["data"]).name, options=options, **summary)
 
 
-def ratio(row, rows):
-    """Its test perplexity over that of the softmax it can be compared with; None without one."""
-    softmax = plot.softmax_beside(row, rows)
+def ratio(row, rows, plain=False):
+    """Its test perplexity over that of the softmax it is compared with, see `plot.softmax_beside`; None without one."""
+    softmax = plot.softmax_beside(row, rows, plain)
     return row["test_ppl"] / softmax["test_ppl"] if softmax else None
 
 
 def table(rows):
     """Markdown: ours beside the paper's, a dash where nothing is known."""
     lines = ["| attention | otherwise than the preset | trained on | tokens, M | hours | valid ppl | test ppl "
-             "| x softmax | test ppl a word | tokens/s | MFU | GiB | the paper's test ppl |", "|---" * 13 + "|"]
+             "| x softmax | x softmax with the same convolution and window | test ppl a word | tokens/s | MFU | GiB "
+             "| the paper's test ppl |", "|---" * 14 + "|"]
     for r in rows:
         options = ", ".join(f"{key} {value}" for key, value in r["options"].items()) or "-"
         numbers = ((r["tokens"] / 1e6, ".0f"), (r["train_seconds"] / 3600, ".2f"), (r["valid_ppl"], ".2f"),
-                   (r["test_ppl"], ".2f"), (ratio(r, rows), ".3f"), (r["test_ppl_per_word"], ".1f"),
+                   (r["test_ppl"], ".2f"), (ratio(r, rows, plain=True), ".3f"),
+                   (ratio(r, rows), ".3f"), (r["test_ppl_per_word"], ".1f"),
                    (r["tokens_per_second"], ",.0f"), (r["mfu"], ".2f"), (r["peak_gib"], ".1f"),
                    (PAPER.get(r["attention"]) if not r["options"] else None, ".1f"))
         lines.append("| " + " | ".join([r["attention"], options, r["data"], *(number(*n) for n in numbers)]) + " |")

@@ -187,6 +187,10 @@ def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_convolution(
     assert wikitext103.ratio(row("hedgehog", 18.0, map_scale=2), rows) == 2
     assert wikitext103.ratio(row("hedgehog", 15.0, short_conv=4), rows) == 3
     assert wikitext103.ratio(row("hedgehog", 15.0, short_conv=3), rows) is None
+    windowed = row("hedgehog", 3.0, softmax_layers=1, window=8)
+    assert wikitext103.ratio(windowed, rows) == 1.5 and wikitext103.ratio(windowed, rows, plain=True) == 3 / 9
+    assert wikitext103.ratio(row("hedgehog", 3.0, softmax_layers=2, window=8), rows) is None
+    assert wikitext103.ratio(row("hedgehog", 18.0, softmax_layers=2), rows) == 2  # whole layers: as in plain softmax
 
 
 # ---------------------------------------------------------------- conversions

@@ -575,6 +575,14 @@ def test_a_machine_without_git_trains_all_the_same(text_dir, tmp_path, monkeypat
     assert train_gpt.provenance(torch.device("cpu"))["commit"] == "unknown"
 
 
+def test_a_result_of_several_processes_says_so(monkeypatch):
+    alone = train_gpt.provenance(torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    both = train_gpt.provenance(torch.device("cpu"))
+    assert both["command"] == alone["command"].replace("python", "torchrun --nproc-per-node 2", 1)
+    assert both["device"] == f"2 x {alone['device']}"
+
+
 def test_a_loss_beyond_the_range_of_exp_is_still_written():
     assert train_gpt.perplexity(0.0) == 1.0 and math.isfinite(train_gpt.perplexity(1e6))
 
