@@ -222,6 +222,8 @@ def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state
     kernels = fused_kernels(v, q.shape[-1], has_map=False) if form == "auto" and causal else None
     if kernels:
         return kernels.fused_attention(q, k, v, state=state, return_state=return_state, eps=eps)
+    if causal and form in ("auto", "chunked") and q.shape[2] <= chunk_size and state is None and not return_state:
+        form = "quadratic"  # one chunk with nothing before or after it: the state would be computed in vain
     dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
