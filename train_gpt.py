@@ -276,7 +276,8 @@ def evaluate(model, tokens, block_size, batch_size, device, autocast=nullcontext
         for i, block in enumerate(range(first, min(first + batch_size, n))):
             piece = tokens[block * block_size:(block + 1) * block_size + 1]
             xy[i, :len(piece)] = torch.from_numpy(piece.astype(np.int64))
-        x, y = xy[:, :-1].clamp(min=0).to(device), xy[:, 1:].to(device)
+        xy = xy.to(device)
+        x, y = xy.clamp(min=0)[:, :-1], xy[:, 1:]                                         # with strides as in training
         with autocast:
             loss = model(x, y)[1]
         count = (y >= 0).sum().item()
@@ -469,7 +470,9 @@ def provenance(device):
     except OSError:  # no git on this machine
         commit = ""
     world = int(os.environ.get("WORLD_SIZE", 1))                                          # set by torchrun
-    start, devices = (f"torchrun --nproc-per-node {world}", f"{world} x ") if world > 1 else ("python", "")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    nodes = f"--nnodes {world // local} " if world > local else ""
+    start, devices = (f"torchrun {nodes}--nproc-per-node {local}", f"{world} x ") if world > 1 else ("python", "")
     return dict(command=" ".join([start, *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
                 python=platform.python_version(), device=devices + device_name(device))
 

@@ -292,7 +292,7 @@ def measure_training(T, args, common):
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    device, n_layer, vocab = args.device, args.train_layers, 50304
+    device, n_layer, vocab = args.device, args.train_layers, args.train_vocabulary
     idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
     steps, rows, models = {}, [], []
     for name in args.train_forms:
@@ -316,7 +316,7 @@ def measure_training(T, args, common):
         models.append(model)
         weights = sum(p.nbytes for p in model.parameters())
         rows.append({"form": f"gpt, {name}", "T": T, "pass": "training step", "B": idx.shape[0], "n_layer": n_layer,
-                     "repeats": args.train_steps, **common,
+                     "vocabulary": vocab, "repeats": args.train_steps, **common,
                      "peak_mib": peak_mib(step, device) + 3 * weights / MIB})  # and AdamW's two moments
     seconds = {name: [] for name in steps}
     for _ in range(args.warmup + args.train_steps):
@@ -410,6 +410,7 @@ def parse(argv):
     add("--train", type=int, nargs="*", help="lengths at which a GPT is trained (default: 1024 4096 16384 on CUDA)")
     add("--train-forms", nargs="+", default=("softmax", "fused"), choices=("softmax", "fused", "chunked"))
     add("--train-layers", type=int, default=12)
+    add("--train-vocabulary", type=int, default=50304, help="GPT-2's 50257 on a multiple of 64 (default: %(default)s)")
     add("--train-steps", type=int, default=15, help="turns of every model")
     add("--out", type=Path, help="default: experiments/results/benchmark-DEVICE.json; what it holds of other lengths "
         "and passes is kept")

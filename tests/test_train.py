@@ -581,6 +581,9 @@ def test_a_result_of_several_processes_says_so(monkeypatch):
     both = train_gpt.provenance(torch.device("cpu"))
     assert both["command"] == alone["command"].replace("python", "torchrun --nproc-per-node 2", 1)
     assert both["device"] == f"2 x {alone['device']}"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train_gpt.provenance(torch.device("cpu"))["command"].startswith("torchrun --nnodes 2 --nproc-per-node 4 ")
 
 
 def test_a_loss_beyond_the_range_of_exp_is_still_written():
