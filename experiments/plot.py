@@ -84,13 +84,13 @@ def loss_curves(folder):
 
 
 def softmax_beside(row, rows, plain=False):
-    """The best softmax of the same text and as many tokens: with the row's own convolution and window, or the plain
-    one that the paper compares with. None without one."""
-    def setting(r, plain):
-        options = {} if plain else r["options"]
+    """The best softmax of the same text and as many tokens: with the row's own convolution, window and layers of it, or
+    the plain one that the paper compares with. None without one."""
+    def setting(r, options):
         window = options.get("window", 0)  # without one, layers that keep softmax are as in the plain one
         return r["data"], r["tokens"], options.get("short_conv", 0), window, window and options.get("softmax_layers", 0)
-    same = [r for r in rows if r["attention"] == "softmax" and setting(r, False) == setting(row, plain)]
+    wanted = setting(row, {} if plain else row["options"])
+    same = [r for r in rows if r["attention"] == "softmax" and setting(r, r["options"]) == wanted]
     return min(same, key=lambda r: r["test_ppl"], default=None)
 
 
@@ -107,7 +107,8 @@ def perplexities(path):
         bar.set_color(color(row["attention"]))
     pairs = [(row, softmax_beside(row, rows, plain=True)) for row in rows if row["attention"] != "softmax"]
     ratios = [f"{row['name']} {row['test_ppl'] / softmax['test_ppl']:.3f}" for row, softmax in pairs if softmax]
-    save(fig, path.with_name("perplexity.png"), "Times softmax's perplexity: " + ", ".join(ratios[:3]) if ratios else
+    title = "Times plain softmax's perplexity: " + ", ".join(ratios[:3])
+    save(fig, path.with_name("perplexity.png"), title if ratios else
          f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
 
 

@@ -51,7 +51,7 @@ def ratio(row, rows, plain=False):
 def table(rows):
     """Markdown: ours beside the paper's, a dash where nothing is known."""
     lines = ["| attention | otherwise than the preset | trained on | tokens, M | hours | valid ppl | test ppl "
-             "| x softmax | x softmax with the same convolution and window | test ppl a word | tokens/s | MFU | GiB "
+             "| x softmax | x softmax with the same options | test ppl a word | tokens/s | MFU | GiB "
              "| the paper's test ppl |", "|---" * 14 + "|"]
     for r in rows:
         options = ", ".join(f"{key} {value}" for key, value in r["options"].items()) or "-"

@@ -179,7 +179,7 @@ def test_the_whole_path_prepare_train_resume_evaluate_sample_collect(tmp_path, m
         assert {"loss.png", "perplexity.png"} <= {path.name for path in out.iterdir()}
 
 
-def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_convolution():
+def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_options_that_help_it_too():
     def row(attention, ppl, data="a", tokens=1, **options):
         return dict(attention=attention, test_ppl=ppl, data=data, tokens=tokens, options=options)
     rows = [row("softmax", 10.0), row("softmax", 9.0, lr=1), row("softmax", 5.0, short_conv=4),
