@@ -57,7 +57,7 @@ class RecallConfig:
     n_head: int = opt(1, "heads a layer")
     n_embd: int = opt(64, "model width")
     embedding_std: float = opt(0.2, "of the first embeddings; with GPT-2's 0.02 softmax needs many more steps")
-    steps: int = opt(3000, "optimizer steps")
+    steps: int = opt(2000, "optimizer steps")
     batch_size: int = opt(64, "rows a step")
     lr: float = opt(1e-3, "peak learning rate")
     map_lr_scale: float = opt(1.0, "learning rate of the feature maps, times --lr")
