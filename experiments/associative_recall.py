@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import sys
 import time
 from contextlib import nullcontext
@@ -198,20 +199,30 @@ def main(config):
     teachers = sorted({seed for name, seed in wanted})
     out.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn").Pool(config.workers) if config.workers > 1 else nullcontext()
+    trained = queue.SimpleQueue()                                                         # (seed, softmax model)
+
+    def jobs():
+        yield from (("softmax", seed, None) for seed in teachers)
+        for _ in teachers:
+            seed, teacher = trained.get()                                                 # waits for the next
+            yield from ((name, seed, teacher) for name, s in wanted if s == seed and name != "softmax")
+
     with context as pool, tqdm(total=len(teachers) + sum(name != "softmax" for name, _ in wanted), unit="run",
                                disable=None) as bar:
-        def results(jobs):
-            for row, model in (pool.imap_unordered if pool else map)(partial(run, config=config), jobs):
+        try:
+            for row, model in (pool.imap_unordered if pool else map)(partial(run, config=config), jobs()):
+                if row["attention"] == "softmax":
+                    trained.put((row["seed"], model))
                 if (row["attention"], row["seed"]) in wanted:
                     rows.append(row | about)
                     save_json(out, with_means(rows))
                 tqdm.write(f"{row['attention']:13} seed {row['seed']}: " + ", ".join(
                     f"{key} {100 * row[key]:.1f} %" for key in RESULTS if key in row) + f", {row['seconds']:.0f} s")
                 bar.update()
-                yield row["seed"], model
-        softmax = dict(results([("softmax", seed, None) for seed in teachers]))
-        for _ in results([(name, seed, softmax[seed]) for name, seed in wanted if name != "softmax"]):
-            pass
+        except BaseException:
+            for seed in teachers:
+                trained.put((seed, None))  # or the pool would wait for `jobs`, and it for a softmax, for ever
+            raise
     print(f"{'%':13}" + "".join(f"{key:>11}" for key in (*RESULTS, "paper")))
     for row in with_means(rows):
         if row["seed"] == "mean":

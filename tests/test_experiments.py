@@ -129,6 +129,11 @@ def test_every_attention_takes_part_in_two_processes_and_a_stopped_run_goes_on(t
         ("elu", 0), ("elu", "mean")}                                                      # not rows of other settings
 
 
+def test_an_error_in_another_process_ends_the_run(tmp_path):
+    with pytest.raises(ValueError, match="n_embd=63 must be divisible by n_head=2"):      # and does not wait for ever
+        recall([*SMALL, "--seeds", "2", "--workers", "2", "--n-embd", "63", "--n-head", "2"], tmp_path / "rows.json")
+
+
 def test_an_odd_length_is_refused():
     with pytest.raises(ValueError, match="--length and --vocabulary must be even"):
         associative_recall.RecallConfig(length=7)
