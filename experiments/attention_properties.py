@@ -55,13 +55,16 @@ def teacher_and_text(config):
     return teacher.to(device).eval(), find_text(stage_config(convert, teacher, "distilled"), teacher, tokenizer), device
 
 
-def student(teacher, data, config, device, block_size=None, **options):
-    """The teacher with linear attention. Its maps are distilled now, unless an earlier call has kept them."""
+def student(teacher, data, config, device, block_size=None, change=None, **options):
+    """The teacher with linear attention, as `change` leaves it. Its maps are distilled now, unless an earlier call has
+    kept them."""
     options = dict(distill_steps=config.distill_steps, distill_lr=config.distill_lr, seed=config.seed,
                    compile=config.compile) | options
     convert = ConvertConfig(teacher=config.teacher, data=config.data, out=config.maps, resume=True, **options)
     torch.manual_seed(config.seed)                                                        # performer draws its w_i
     model = swap(teacher, convert).to(device).eval()
+    if change:
+        change(model)
     if convert.distill_steps and maps_of(model):
         stage = stage_config(convert, model, "distilled", steps=convert.distill_steps, accum=1, lr=convert.distill_lr,
                              batch_size=convert.distill_batch_size, weight_decay=0.0,

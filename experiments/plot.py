@@ -273,11 +273,26 @@ def layers(path):
          f"together {found['all']:.2f}")
 
 
+def map_forms(path):
+    rows = json.loads(path.read_text())["rows"]
+    fig, [[ax]] = figure(height=3.4)
+    for i, row in enumerate(rows):
+        x = [layer + 0.2 * (i - 1.5) for layer in range(len(row["kl"]))]
+        ax.bar(x, row["kl"], width=0.18, color=COLORS[i % len(COLORS)], label=f"q {row['q']}, k {row['k']}")
+    ax.set_xticks(range(len(rows[0]["kl"])))
+    ax.set(xlabel="layer", ylabel="KL from softmax (nats)")
+    ax.grid(axis="x", visible=False)
+    ax.legend()
+    kl = {(row["q"], row["k"]): row["mean"] for row in rows}
+    save(fig, path.with_suffix(".png"), f"Keys divided by their sums: KL {kl['exp', 'exp']:.2f} becomes "
+         f"{kl['exp', 'stable']:.2f}; queries: {kl['stable', 'exp']:.2f}")
+
+
 FIGURES = (("tiny", loss_curves), ("wikitext103", loss_curves), ("wikitext103/summary.json", perplexities),
            ("benchmark-cpu.json", benchmark), ("benchmark-cuda.json", benchmark),
            ("associative_recall.json", associative_recall), ("attention_properties.json", properties),
            ("attention_maps.json", attention_maps), ("convert/summary.json", conversion),
-           ("convert/layers.json", layers))
+           ("convert/layers.json", layers), ("map_forms.json", map_forms))
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -5,7 +5,9 @@ import json
 import lzma
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import attention_maps
 import attention_properties
 import conversion
 import layers
+import map_forms
 import plot
 import wikitext103
 import convert_gpt2
@@ -308,6 +311,25 @@ def test_layers_are_swapped_one_by_one(converted, tmp_path):
         layers.main(layers.parse([str(tmp_path)]))
     with pytest.raises(ValueError, match="keeps softmax in its first layers"):
         layers.main(layers.parse([str(converted / "hedgehog-first1x8"), "--device", "cpu"]))
+
+
+def test_either_form_of_the_map_for_queries_and_for_keys(converted, tmp_path):
+    flags = [str(converted.parent / "attentive"), "--data", str(converted.parent / "data"), "--device", "cpu",
+             "--distill-steps", "3", "--maps", str(tmp_path / "maps"), "--out", str(tmp_path / "forms.json")]
+    map_forms.main(map_forms.parse(flags))
+    found = {(row["q"], row["k"]): row for row in json.loads((tmp_path / "forms.json").read_text())["rows"]}
+    assert set(found) == {(q, k) for q in ("exp", "stable") for k in ("exp", "stable")}
+    assert len({round(row["mean"], 6) for row in found.values()}) == 4
+    config = attention_properties.PropertiesConfig(
+        teacher=flags[0], data=flags[2], maps=str(tmp_path / "whole"), distill_steps=3, distill_lr=3e-2, device="cpu")
+    teacher, text, device = attention_properties.teacher_and_text(config)
+    for form, kind in (("exp", "hedgehog_exp"), ("stable", "hedgehog")):                  # both alike: the map itself
+        model = attention_properties.student(teacher, text, config, device, attention=kind)
+        kl = convert_gpt2.faithfulness(model, text["valid"], SimpleNamespace(block_size=32, batch_size=8), device,
+                                       nullcontext())["kl"]
+        assert found[form, form]["kl"] == pytest.approx(kl, abs=1e-6)
+    if plot.plt:
+        assert (tmp_path / "forms.png").exists()
 
 
 # ---------------------------------------------------------------- properties and pictures

@@ -1,0 +1,64 @@
+"""What does the map's stable form cost? Queries and keys in either form, distilled from the same softmax model.
+
+    python experiments/map_forms.py                                      the tiny softmax model, trained if need be
+
+The paper's map is [exp(xW), exp(-xW)]; its stable form divides each half by its sum over the features, two softmaxes.
+Attention divides by the sum of a query's weights, so a factor that both halves of a query share changes nothing; the
+ratio of their two sums does, and so does any factor of a key. Here each may be divided or not. The result is the KL
+divergence from softmax's weights, in nats, on held-out text, by layer.
+"""
+
+import argparse
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+from attention_properties import PropertiesConfig, plot, student, teacher_and_text
+from tqdm import tqdm
+
+from convert_gpt2 import faithfulness
+from train_gpt import cli, provenance, save_json
+
+FORMS = {"exp": "hedgehog_exp", "stable": "hedgehog"}
+
+
+def use(q_form, k_form):
+    """A function that gives the maps of a model these forms; their weights are of the same shape in both."""
+    def change(model):
+        for block in model.transformer.h:
+            block.attn.linear.map_q.kind, block.attn.linear.map_k.kind = FORMS[q_form], FORMS[k_form]
+    return change
+
+
+def main(args):
+    config = PropertiesConfig(teacher=args.teacher, data=args.data, maps=args.maps, device=args.device,
+                              distill_steps=args.distill_steps, distill_lr=args.distill_lr)
+    teacher, data, device = teacher_and_text(config)
+    held_out, rows = SimpleNamespace(block_size=teacher.config.block_size, batch_size=8), []
+    for q, k in tqdm(tuple(product(FORMS, repeat=2)), unit="pair", disable=None):
+        model = student(teacher, data, config, device, change=use(q, k), attention="hedgehog", name=f"q-{q}-k-{k}")
+        kl = faithfulness(model, data["valid"], held_out, device, nullcontext())["kl"]
+        rows.append(dict(q=q, k=k, kl=kl, mean=sum(kl) / len(kl)))
+        tqdm.write(f"q {q:6}  k {k:6}  KL {rows[-1]['mean']:.3f}, by layer " + " ".join(f"{x:.3f}" for x in kl))
+    save_json(Path(args.out), dict(rows=rows, distill_steps=args.distill_steps, distill_lr=args.distill_lr,
+                                   **provenance(device)))
+    plot.draw(plot.map_forms, Path(args.out))
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("teacher", nargs="?", default="", help="softmax run of train_gpt.py; runs/tiny-softmax if it is left out")
+    add("--data", default="", help="folder made by data/prepare.py; default: data/pydoc, made on the fly")
+    add("--maps", default="runs/map-forms", help="distilled maps are read from here, or made and kept here")
+    add("--distill-steps", type=int, default=400, help="optimizer steps of a distillation")
+    add("--distill-lr", type=float, default=3e-2, help="its peak learning rate")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
+    add("--out", default="experiments/results/map_forms.json", help="the results; the figure goes beside it")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli(lambda: main(parse()))
