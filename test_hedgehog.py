@@ -258,7 +258,9 @@ def test_a_sequence_resumes_where_another_call_stopped(kind, first, second):
     whole = with_gradients(y, q=q, k=k, v=v)
     for t in (1, 16, 33, 69):
         a, state = module(q[:, :, :t], k[:, :, :t], v[:, :, :t], first, return_state=True)
-        b, state = module(q[:, :, t:], k[:, :, t:], v[:, :, t:], second, state, return_state=True, offset=t)
+        rest = q[:, :, t:], k[:, :, t:], v[:, :, t:], second, state
+        b, state = module(*rest, return_state=True, offset=t)
+        assert_close(module(*rest, offset=t), b)
         assert_close(with_gradients(torch.cat((a, b), dim=2), q=q, k=k, v=v), whole)
         assert_close(state, final)
 
