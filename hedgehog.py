@@ -397,8 +397,8 @@ class GPTConfig:
 class ShortConv(nn.Module):
     """A causal depthwise convolution, y_t = sum_i w_i x_{t-i} over the last `width` tokens. It starts as the identity.
 
-    Not in the paper; H3 (Fu et al. 2023), Mamba and others put one before what is linear in T. With
-    this no head has to look at the token before, which from scratch softmax learns and sums of 2D features hardly do.
+    Not in the paper; H3 (Fu et al. 2023), Mamba and others put one before what is linear in T. With it no head has to
+    look at the token before, which from scratch softmax learns and sums of 2D features hardly do.
     """
 
     def __init__(self, channels, width):

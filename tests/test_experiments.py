@@ -328,11 +328,9 @@ def test_either_form_of_the_map_for_queries_and_for_keys(converted, tmp_path):
         kl = convert_gpt2.faithfulness(model, text["valid"], SimpleNamespace(block_size=32, batch_size=8), device,
                                        nullcontext())["kl"]
         assert found[form, form]["kl"] == pytest.approx(kl, abs=1e-6)
-    seen = SimpleNamespace(transformer=SimpleNamespace(h=[SimpleNamespace(attn=SimpleNamespace(
-        linear=SimpleNamespace(map_q=SimpleNamespace(), map_k=SimpleNamespace())))]))
-    map_forms.use("stable", "exp")(seen)
-    linear = seen.transformer.h[0].attn.linear
-    assert linear.map_q.kind == "hedgehog" and linear.map_k.kind == "hedgehog_exp"
+    map_forms.use("stable", "exp")(model)
+    for block in model.transformer.h:
+        assert (block.attn.linear.map_q.kind, block.attn.linear.map_k.kind) == ("hedgehog", "hedgehog_exp")
     if plot.plt:
         assert (tmp_path / "forms.png").exists()
 
