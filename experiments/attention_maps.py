@@ -25,7 +25,8 @@ from train_gpt import cli, encode_prompt, provenance, save_json
 
 TEXT = "The hedgehog knows one thing. The hedgehog knows it well."
 MAPS = {"hedgehog before": dict(attention="hedgehog", distill_steps=0), "hedgehog after": dict(attention="hedgehog"),
-        "t2r after": dict(attention="t2r"), "elu": dict(attention="elu")}
+        "hedgehog_exp after": dict(attention="hedgehog_exp"), "t2r after": dict(attention="t2r"),
+        "elu": dict(attention="elu")}
 PICTURES = ("softmax", "hedgehog before", "hedgehog after", "elu")
 
 
@@ -91,7 +92,7 @@ def main(args):
     for name, model in models.items():
         rows += measure(name, model, texts, T, T if "after" in name else None, device)
     contexts = [short * 2 ** i for i in range(20) if short * 2 ** i <= T]
-    for name in ("hedgehog after", "t2r after", "elu"):
+    for name in ("hedgehog after", "hedgehog_exp after", "t2r after", "elu"):
         options = MAPS[name] | dict(name=f"{MAPS[name]['attention']}-{short}", distill_batch_size=max(1, 2048 // short))
         model = student(teacher, data, config, device, block_size=short, **options)
         for context in contexts:

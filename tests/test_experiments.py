@@ -394,7 +394,9 @@ def test_attention_maps_are_measured_and_drawn(teacher, tmp_path, capsys, monkey
     assert {row["text"] for row in found["rows"]} == {"training", "held out", "other"}
     assert {row["context"] for row in found["rows"] if row["distilled_at"] == 8} == {8, 16, 32}
     assert all(row["mean"] > -1e-6 for row in found["rows"])
-    assert len(compiled) == 4 and set(compiled) == {convert_gpt2.imitation_loss}          # of four distillations
+    assert {row["map"] for row in found["rows"] if row["distilled_at"] == 8} == {
+        "hedgehog after", "hedgehog_exp after", "t2r after"}
+    assert len(compiled) == 6 and set(compiled) == {convert_gpt2.imitation_loss}          # of six distillations
     maps = train_gpt.load_checkpoint(tmp_path / "maps" / "t2r-8" / "distilled" / "last.pt")
     assert maps["config"]["lr"] == 0.02
     assert "distilled at" in capsys.readouterr().out
