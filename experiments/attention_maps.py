@@ -11,13 +11,15 @@ long (train_gpt.py --attention softmax --block-size 4096) and give --short 256.
 """
 
 import argparse
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from attention_properties import PropertiesConfig, plot, read, student, teacher_and_text, weights
+from attention_properties import PropertiesConfig
+from common import draw_if_possible, figure, read, save, student, teacher_and_text, weights
 
 from data.prepare import load_tokenizer
 from convert_gpt2 import faithfulness
@@ -75,6 +77,25 @@ def table(rows):
     return "\n".join(lines)
 
 
+def draw(path):
+    """The pictures: a row a head, a column a map."""
+    found = json.loads(path.read_text())
+    names = list(found["maps"])
+    fig, axes = figure(len(found["heads"]), len(names), height=2.15 * len(found["heads"]) + 0.6)
+    for i, (layer, head) in enumerate(found["heads"]):
+        for j, name in enumerate(names):
+            ax, rows = axes[i, j], found["maps"][name][i]
+            T = len(rows)
+            square = [[max(0, w) ** 0.5 for w in row] + [float("nan")] * (T - len(row)) for row in rows]
+            ax.imshow(square, cmap="inferno", vmin=0, vmax=1, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            ax.set_title(name, fontsize=11.5) if i == 0 else None
+        axes[i, 0].set_ylabel(f"layer {layer}, head {head}")
+    kl = {name: sum(found["kl_of_heads"][name]) / len(found["heads"]) for name in names if name != "softmax"}
+    save(fig, path.with_suffix(".png"), "KL from softmax: " + ", ".join(f"{name} {x:.2f}" for name, x in kl.items()))
+
+
 def main(args):
     config = PropertiesConfig(teacher=args.checkpoint, data=args.data, maps=args.maps, device=args.device,
                               distill_steps=args.distill_steps, distill_lr=args.distill_lr, compile=args.compile)
@@ -101,7 +122,7 @@ def main(args):
     save_json(Path(args.out), dict(rows=rows, heads=heads, text=args.text, **pictures(models, layers, heads),
                                    other=Path(args.other).name, distill_steps=args.distill_steps, **provenance(device)))
     print(table(rows))
-    plot.draw(plot.attention_maps, Path(args.out))
+    draw_if_possible(draw, Path(args.out))
 
 
 def parse(argv=None):

@@ -7,23 +7,17 @@ Entropy says how spiky a row of weights is, Spearman's rank correlation with q.k
 distilled on the training text first (once: they are kept in --maps).
 """
 
-import sys
-from contextlib import nullcontext
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import (
+    GREY, bars, color, draw_if_possible, figure, read, save, scores, student, teacher_and_text, weights)
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed package
-import plot  # noqa: E402
-from convert_gpt2 import (  # noqa: E402
-    ConvertConfig, distill, find_text, load_teacher, maps_of, stage_config, swap)
-from hedgehog import attention_weights  # noqa: E402
-from train_gpt import (  # noqa: E402
-    MAY_CHANGE_ON_RESUME, cli, load_checkpoint, opt, parse_config, pick_device, provenance, save_json)
+from train_gpt import cli, opt, parse_config, provenance, save_json
 
 DISTILLED = ("hedgehog", "hedgehog_exp", "t2r")
 MAPS = {f"{kind}, distilled": dict(attention=kind) for kind in DISTILLED}
@@ -45,63 +39,6 @@ class PropertiesConfig:
     seed: int = opt(0, "of the distillation and of performer's random projections")
     device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
     out: str = opt("experiments/results/attention_properties.json", "the results; the figures go beside it")
-
-
-def teacher_and_text(config):
-    """(softmax GPT in eval mode on its device, the text, device): as convert_gpt2.py finds them."""
-    device = pick_device(config.device, "float32")[0]
-    convert = ConvertConfig(teacher=config.teacher, data=config.data, device=config.device)
-    teacher, tokenizer = load_teacher(convert)
-    return teacher.to(device).eval(), find_text(stage_config(convert, teacher, "distilled"), teacher, tokenizer), device
-
-
-def student(teacher, data, config, device, block_size=None, change=None, **options):
-    """The teacher with linear attention, as `change` leaves it. Its maps are distilled now, unless an earlier call has
-    kept them."""
-    options = dict(distill_steps=config.distill_steps, distill_lr=config.distill_lr, seed=config.seed,
-                   compile=config.compile) | options
-    convert = ConvertConfig(teacher=config.teacher, data=config.data, out=config.maps, resume=True, **options)
-    torch.manual_seed(config.seed)                                                        # performer draws its w_i
-    model = swap(teacher, convert).to(device).eval()
-    if change:
-        change(model)
-    if convert.distill_steps and maps_of(model):
-        stage = stage_config(convert, model, "distilled", steps=convert.distill_steps, accum=1, lr=convert.distill_lr,
-                             batch_size=convert.distill_batch_size, weight_decay=0.0,
-                             block_size=block_size or teacher.config.block_size)
-        if stage.resume:
-            saved = load_checkpoint(Path(stage.out) / "last.pt")["config"].items()
-            other = [f"{k}={v}" for k, v in saved if k not in MAY_CHANGE_ON_RESUME and getattr(stage, k) != v]
-            if other:
-                raise ValueError(f"maps in {stage.out} were distilled with {', '.join(other)}: choose another --maps")
-        distill(model, data, stage, device, nullcontext(), tqdm.write)
-    return model
-
-
-@torch.no_grad()
-def read(teacher, idx):
-    """What softmax attention compares while the teacher reads idx (B, T): a list of q, k (B, H, T, D), one a layer."""
-    gpt, layers = teacher.transformer, []
-    x = gpt.wte(idx) + gpt.wpe(torch.arange(idx.shape[1], device=idx.device))             # (B, T, C)
-    for block in gpt.h:
-        layers.append(block.attn.split_heads(block.ln_1(x))[:2])
-        x = block(x)
-    return layers
-
-
-def scores(q, k):
-    """q.k / sqrt(D), (B, H, T, T), -inf for the future."""
-    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
-
-
-@torch.no_grad()
-def weights(model, layer, q, k):
-    """The (B, H, T, T) attention weights of one layer of a linear model, or of softmax where model is None."""
-    if model is None:
-        return scores(q, k).softmax(dim=-1)
-    maps = model.transformer.h[layer].attn.linear
-    return attention_weights(maps.map_q(q, is_query=True), maps.map_k(k))
 
 
 def entropy(p):
@@ -138,6 +75,38 @@ def properties(model, layers):
                        high=float(np.quantile(v, 0.9)), n=len(v)) for m, v in binned if len(v) >= 20]
 
 
+def draw(path):
+    """Two figures: entropy and rank correlation of every map, and the curves of the weights against q.k."""
+    found = json.loads(path.read_text())
+    mean = {row["map"]: row for row in found["rows"] if row["layer"] == "mean"}
+    fig, [axes] = figure(columns=2, height=0.9 + 0.36 * len(mean), sharey=True)
+    bars(axes[0], list(mean), [row["entropy"] for row in mean.values()], "entropy of a row of weights (nats)")
+    axes[0].axvline(mean["softmax"]["entropy"], color=GREY, linestyle="--", linewidth=1.2)
+    bars(axes[1], list(mean), [row["rank_correlation"] for row in mean.values()], "rank correlation with q·k")
+    axes[0].invert_yaxis()  # a shared axis that `bars` has turned twice
+    near = min((name for name in mean if name != "softmax"), key=lambda name: mean[name]["entropy_gap_abs"])
+    save(fig, path.with_suffix(".png"), f"Closest to softmax, row by row: {near}, {mean[near]['entropy_gap_abs']:.2f} "
+         f"nats of entropy away")
+
+    curves = found["curves"]
+    fig, axes = figure(-(-len(curves) // 4), 4, height=1.9 * -(-len(curves) // 4) + 0.9, sharex=True, sharey=True)
+    for ax, (name, points) in zip(axes.flat, curves.items()):
+        x, y, low, high = ([point[key] for point in points] for key in ("log_softmax", "mean", "low", "high"))
+        ax.fill_between(x, low, high, color=color(name), alpha=0.25, linewidth=0)
+        ax.plot(x, y, color=color(name))
+        ax.plot([-8, 0], [2.718 ** -8, 1], color=GREY, linestyle="--", linewidth=1)
+        ax.set(yscale="log", ylim=(1e-4, 1.5))
+        ax.set_title(name.replace(", ", ",\n"), fontsize=11.5)
+    for ax in axes.flat[len(curves):]:
+        ax.set_axis_off()
+    fig.supxlabel("log of softmax's weight: q·k/√D up to a constant of the row", color=GREY, fontsize=12)
+    fig.supylabel("weight (mean, 10–90 %)", color=GREY, fontsize=12)
+    best = max((name for name in mean if name != "softmax"), key=lambda name: mean[name]["rank_correlation"])
+    worst = min(mean, key=lambda name: mean[name]["rank_correlation"])
+    save(fig, path.with_name(path.stem + "_monotone.png"), f"Most monotone in q·k: {best} "
+         f"({mean[best]['rank_correlation']:.2f}), least: {worst} ({mean[worst]['rank_correlation']:.2f})")
+
+
 def main(config):
     teacher, data, device = teacher_and_text(config)
     T, valid = teacher.config.block_size, data["valid"]
@@ -154,7 +123,7 @@ def main(config):
     save_json(Path(config.out), dict(rows=rows, curves=curves, blocks=config.blocks, block_size=T,
                                      distill_steps=config.distill_steps, distill_lr=config.distill_lr, seed=config.seed,
                                      **provenance(device)))
-    plot.draw(plot.properties, Path(config.out))
+    draw_if_possible(draw, Path(config.out))
 
 
 if __name__ == "__main__":

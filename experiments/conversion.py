@@ -9,16 +9,15 @@ figures are drawn and the table printed. --out names another folder: sweep/ hold
 
 import argparse
 import json
+import math
 import shutil
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed package
-import plot  # noqa: E402
-from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio  # noqa: E402
-from train_gpt import save_json  # noqa: E402
-from wikitext103 import departures, number  # noqa: E402
+from common import COLORS, GREY, RESULTS, draw_if_possible, figure, save
+from wikitext103 import departures, number
+
+from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio
+from train_gpt import save_json
 
 SAID_ELSEWHERE = MAY_CHANGE | {"teacher", "attention", "seed"}
 
@@ -63,6 +62,55 @@ def table(rows):
     return "\n".join(lines)
 
 
+def variant_of(row, rows):
+    """What was added to an attention, or left out, whatever the rates: "", ", undistilled", ..."""
+    distilled = any(r["name"] == row["name"] and r["stage"] == "distilled" for r in rows)
+    learns = row["attention"] in ("hedgehog", "hedgehog_exp", "t2r")
+    flags = [(row.get("short_conv"), "convolution of {}"), (row.get("softmax_layers"), "softmax in the first {}"),
+             (row.get("window"), "window {}"), (learns and not distilled, "undistilled")]
+    flags += [(row["options"].get(name), name.replace("_", " ")) for name in (
+        "feature_bias", "tie_qk", "learn_temperature", "map_scale", "lora_rank")]
+    return "".join(f", {text.format(value)}" for value, text in flags if value)
+
+
+def draw(path):
+    """Left: perplexity against the finetuned teacher's, over tokens of finetuning. Right: KL from softmax, by layer."""
+    rows, lines = json.loads(path.read_text()), {}
+    for row in rows:
+        if row["stage"] == "finetuned" and row["ratio"]:
+            best = lines.setdefault((row["attention"], variant_of(row, rows)), {})
+            best[row["tokens"]] = min(row["ratio"], best.get(row["tokens"], math.inf))
+    kinds = [kind for kind in dict.fromkeys(row["attention"] for row in rows) if kind != "softmax"]
+    colors = {"softmax": GREY} | dict(zip(kinds, COLORS))
+    styles = dict(zip(sorted({variant for _, variant in lines}), 2 * ("o-", "s--", "^:", "D-.")))
+    fig, [[left, right]] = figure(columns=2, height=4.6)
+    lines = dict(sorted(lines.items(), key=lambda line: line[1][max(line[1])]))
+    for (kind, variant), points in lines.items():
+        x, y = zip(*sorted(points.items()))
+        left.plot([tokens / 1e6 for tokens in x], y, styles[variant], label=kind + variant, color=colors[kind])
+    left.set(xscale="log", xlabel="tokens of finetuning, millions", ylabel="perplexity / finetuned teacher's")
+    ticks = sorted({tokens / 1e6 for points in lines.values() for tokens in points})
+    left.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    left.minorticks_off()
+    left.margins(x=0.15)
+    left.legend()
+    drawn = {}
+    for row in rows:  # all layers; maps that learn are drawn distilled, and those of the longest distillation
+        last = drawn.get(row["attention"], row)
+        if "kl" in row and not row.get("softmax_layers") and (row["stage"] == "distilled", row["tokens"]) >= (
+                last["stage"] == "distilled", last["tokens"]):
+            drawn[row["attention"]] = row
+    for kind, row in sorted(drawn.items(), key=lambda item: item[1]["mean_kl"]):
+        stage = {"distilled": "distilled", "swapped": "as it is"}[row["stage"]]
+        right.plot(range(len(row["kl"])), row["kl"], "o-", label=f"{kind}, {stage}", color=colors[kind])
+    right.set(xlabel="layer", ylabel="KL from softmax (nats)")
+    right.set_ylim(0, 1.3 * right.get_ylim()[1])
+    right.legend()
+    linear = next((line for line in lines if line[0] != "softmax"), None)
+    save(fig, path.with_suffix(".png"), f"{''.join(linear)}: {lines[linear][max(lines[linear])]:.3f} x the finetuned "
+         "teacher's perplexity" if linear else "The teacher alone")
+
+
 def main(folders, out):
     out.mkdir(parents=True, exist_ok=True)
     path = out / "summary.json"
@@ -87,12 +135,12 @@ def main(folders, out):
     rows = [row | dict(ratio=ratio(row, rows)) for row in rows]
     save_json(path, rows)
     if any(row["stage"] == "finetuned" for row in rows):
-        plot.draw(plot.conversion, path)
+        draw_if_possible(draw, path)
     print(table(rows))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="--out of finished conversions")
-    parser.add_argument("--out", type=Path, default=plot.RESULTS / "convert", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "convert", help="folder of the results")
     main(**vars(parser.parse_args()))

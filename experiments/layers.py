@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from attention_properties import plot
+from common import COLORS, GREY, draw_if_possible, figure, save
 from tqdm import tqdm
 
 from convert_gpt2 import ConvertConfig, find_text, load_teacher, stage_config, swap
@@ -23,6 +23,22 @@ def attend_linearly(model, layers, linear):
     """Linear attention, `linear` [one module a layer], in some layers of the model, softmax in the others."""
     for i, block in enumerate(model.transformer.h):
         block.attn.linear = linear[i] if i in layers else None
+
+
+def draw(path):
+    """What each layer costs alone, and a line for all of them together."""
+    found = json.loads(path.read_text())
+    rows, x = found["rows"], range(len(found["rows"]))
+    fig, [[ax]] = figure(height=3.4)
+    ax.bar(x, [row["alone"] for row in rows], color=COLORS[0])
+    ax.axhline(found["all"], color=GREY, linestyle="--", linewidth=1.2)
+    ax.text(-0.4, found["all"], "in all layers", va="bottom", color=GREY)
+    ax.set_xticks(x, [row["layer"] for row in rows])
+    ax.set(xlabel=f"layer with {found['attention']} instead of softmax", ylabel="rise of the loss (nats)")
+    ax.grid(axis="x", visible=False)
+    worst = max(rows, key=lambda row: row["alone"])
+    save(fig, path.with_suffix(".png"), f"Layer {worst['layer']} alone costs {worst['alone']:.2f} nats, all layers "
+         f"together {found['all']:.2f}")
 
 
 def main(args):
@@ -52,7 +68,7 @@ def main(args):
                  **provenance(device))
     print(f"softmax {softmax:.4f} nats; {config.attention} in all layers {found['all']:+.4f}")
     save_json(Path(args.out), found)
-    plot.draw(plot.layers, Path(args.out))
+    draw_if_possible(draw, Path(args.out))
 
 
 def parse(argv=None):

@@ -9,12 +9,14 @@ divergence from softmax's weights, in nats, on held-out text, by layer.
 """
 
 import argparse
+import json
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-from attention_properties import PropertiesConfig, plot, student, teacher_and_text
+from attention_properties import PropertiesConfig
+from common import COLORS, draw_if_possible, figure, save, student, teacher_and_text
 from tqdm import tqdm
 
 from convert_gpt2 import faithfulness
@@ -31,6 +33,22 @@ def use(q_form, k_form):
     return change
 
 
+def draw(path):
+    """KL from softmax by layer, a bar for each pair of forms."""
+    rows = json.loads(path.read_text())["rows"]
+    fig, [[ax]] = figure(height=3.4)
+    for i, row in enumerate(rows):
+        x = [layer + 0.2 * (i - 1.5) for layer in range(len(row["kl"]))]
+        ax.bar(x, row["kl"], width=0.18, color=COLORS[i % len(COLORS)], label=f"q {row['q']}, k {row['k']}")
+    ax.set_xticks(range(len(rows[0]["kl"])))
+    ax.set(xlabel="layer", ylabel="KL from softmax (nats)")
+    ax.grid(axis="x", visible=False)
+    ax.legend()
+    kl = {(row["q"], row["k"]): row["mean"] for row in rows}
+    save(fig, path.with_suffix(".png"), f"Keys divided by their sums: KL {kl['exp', 'exp']:.2f} becomes "
+         f"{kl['exp', 'stable']:.2f}; queries: {kl['stable', 'exp']:.2f}")
+
+
 def main(args):
     config = PropertiesConfig(teacher=args.teacher, data=args.data, maps=args.maps, device=args.device,
                               distill_steps=args.distill_steps, distill_lr=args.distill_lr)
@@ -43,7 +61,7 @@ def main(args):
         tqdm.write(f"q {q:6}  k {k:6}  KL {rows[-1]['mean']:.3f}, by layer " + " ".join(f"{x:.3f}" for x in kl))
     save_json(Path(args.out), dict(rows=rows, distill_steps=args.distill_steps, distill_lr=args.distill_lr,
                                    **provenance(device)))
-    plot.draw(plot.map_forms, Path(args.out))
+    draw_if_possible(draw, Path(args.out))
 
 
 def parse(argv=None):

@@ -8,16 +8,15 @@ A row names the text that it was trained on, and whatever it does otherwise than
 """
 
 import argparse
+import csv
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]  # neither is an installed package
-import plot  # noqa: E402
-from train_gpt import MAY_CHANGE_ON_RESUME, PRESETS, TrainConfig, save_json  # noqa: E402
+from common import RESULTS, bars, color, draw_if_possible, figure, save
+
+from train_gpt import MAY_CHANGE_ON_RESUME, PRESETS, TrainConfig, save_json
 
 PAPER = {"softmax": 18.6, "hedgehog": 20.8, "elu": 25.6, "performer": 26.8}  # 100 epochs of WikiText-103, test
 
@@ -42,9 +41,20 @@ def row(run, commit=None):
     return dict(name=name, preset=preset, data=Path(config["data"]).name, options=options, **summary)
 
 
+def softmax_beside(row, rows, plain=False):
+    """The best softmax of the same text and as many tokens: with the row's own convolution, window and layers of it, or
+    the plain one that the paper compares with. None without one."""
+    def setting(r, options):
+        window = options.get("window", 0)  # without one, layers that keep softmax are as in the plain one
+        return r["data"], r["tokens"], options.get("short_conv", 0), window, window and options.get("softmax_layers", 0)
+    wanted = setting(row, {} if plain else row["options"])
+    same = [r for r in rows if r["attention"] == "softmax" and setting(r, r["options"]) == wanted]
+    return min(same, key=lambda r: r["test_ppl"], default=None)
+
+
 def ratio(row, rows, plain=False):
-    """Its test perplexity over that of the softmax it is compared with, see `plot.softmax_beside`; None without one."""
-    softmax = plot.softmax_beside(row, rows, plain)
+    """Its test perplexity over that of the softmax it is compared with, see `softmax_beside`; None without one."""
+    softmax = softmax_beside(row, rows, plain)
     return row["test_ppl"] / softmax["test_ppl"] if softmax else None
 
 
@@ -64,6 +74,41 @@ def table(rows):
     return "\n".join(lines)
 
 
+def loss_curves(folder):
+    """Validation loss of every run of train_gpt.py whose log.csv lies here, under the name of its attention."""
+    curves = {path.stem: list(csv.DictReader(path.open())) for path in sorted(folder.glob("*.csv"))}
+    fig, [[ax]] = figure()
+    final = {}
+    for name, rows in sorted(curves.items(), key=lambda item: float(item[1][-1]["valid_nats"])):
+        x, y = ([float(row[key]) for row in rows if int(row["step"])] for key in ("tokens", "valid_nats"))
+        style = ("-", "--", ":", "-.")[[color(other) for other in final].count(color(name)) % 4]
+        final[name] = float(rows[-1]["valid_nats"])
+        ax.plot([tokens / 1e6 for tokens in x], y, style, label=name, color=color(name))
+    ax.set(xlabel="training tokens, millions", ylabel="validation loss (nats a token)")
+    ax.legend()
+    first = list(final.items())[:3]
+    save(fig, folder / "loss.png", ("Final loss: " if len(first) == len(final) else "Lowest final losses: ")
+         + ", ".join(f"{name} {nats:.2f}" for name, nats in first))
+
+
+def perplexities(path):
+    """Final perplexities on the test split, the lowest first; runs of different length or text are told apart."""
+    rows = sorted(json.loads(path.read_text()), key=lambda row: row["test_ppl"])
+    several = len({(row["data"], row["tokens"]) for row in rows}) > 1
+    names = {row["name"]: row["name"] + (f", {row['tokens'] / 1e6:.0f}M tokens, {row['data']}" if several else "")
+             for row in rows}
+    fig, [[ax]] = figure(height=0.9 + 0.36 * len(rows))
+    trained = "" if several else f" after {rows[0]['tokens'] / 1e6:.0f}M tokens of {rows[0]['data']}"
+    bars(ax, list(names.values()), [row["test_ppl"] for row in rows], f"test perplexity{trained}")
+    for bar, row in zip(ax.patches, rows):
+        bar.set_color(color(row["attention"]))
+    pairs = [(row, softmax_beside(row, rows, plain=True)) for row in rows if row["attention"] != "softmax"]
+    ratios = [f"{row['name']} {row['test_ppl'] / softmax['test_ppl']:.3f}" for row, softmax in pairs if softmax]
+    title = "Times plain softmax's perplexity: " + ", ".join(ratios[:3])
+    save(fig, path.with_name("perplexity.png"), title if ratios else
+         f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
+
+
 def main(runs, out, commit=None):
     out.mkdir(parents=True, exist_ok=True)
     path = out / "summary.json"
@@ -73,14 +118,14 @@ def main(runs, out, commit=None):
         shutil.copy(run / "log.csv", out / f"{new['name']}.csv")
     rows = sorted(rows.values(), key=lambda r: (r["data"], r["tokens"], r["test_ppl"]))
     save_json(path, rows)
-    plot.draw(plot.loss_curves, out)
-    plot.draw(plot.perplexities, path)
+    draw_if_possible(loss_curves, out)
+    draw_if_possible(perplexities, path)
     print(table(rows))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--out", type=Path, default=plot.RESULTS / "wikitext103", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "wikitext103", help="folder of the results")
     parser.add_argument("--commit", help="of the runs that were made where there was no git")
     main(**vars(parser.parse_args()))

@@ -18,10 +18,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import associative_recall
 import attention_maps
 import attention_properties
+import common
 import conversion
 import layers
 import map_forms
 import plot
+import recall_task
 import wikitext103
 import convert_gpt2
 import train_gpt
@@ -29,7 +31,7 @@ from conftest import stop_after
 from hedgehog import GPT, GPTConfig
 from train_gpt import PRESETS, TrainConfig, parse_config, train
 
-needs_matplotlib = pytest.mark.skipif(plot.plt is None, reason="matplotlib draws the figures: "
+needs_matplotlib = pytest.mark.skipif(common.plt is None, reason="matplotlib draws the figures: "
                                       "pip install -r requirements-experiments.txt")
 
 
@@ -54,9 +56,9 @@ def test_taylor_by_weights_is_taylor_by_features():
     torch.manual_seed(0)
     model = GPT(GPTConfig(21, 11, 2, 2, 16, tie_head=False, attention="taylor", chunk_size=8)).double()
     x, found = torch.randint(11, (3, 21)), []
-    for change in (lambda model: model, associative_recall.by_weights):
+    for change in (lambda model: model, recall_task.by_weights):
         logits = change(model)(x)[0]
-        replaced = [block.attn.linear.forward is associative_recall.taylor for block in model.transformer.h]
+        replaced = [block.attn.linear.forward is recall_task.taylor for block in model.transformer.h]
         assert all(replaced) if found else not any(replaced)
         gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
         found.append([logits, *gradients])
@@ -65,7 +67,7 @@ def test_taylor_by_weights_is_taylor_by_features():
 
 
 def test_the_asked_key_has_occurred_and_the_answer_is_its_value():
-    x, y = associative_recall.make_rows(200, 16, 10, torch.Generator().manual_seed(0))
+    x, y = recall_task.make_rows(200, 16, 10, torch.Generator().manual_seed(0))
     maps = set()
     for row, answer in zip(x.tolist(), y.tolist()):
         pairs = list(zip(row[:-2:2], row[1:-2:2]))
@@ -101,14 +103,14 @@ SMALL = "--length 6 --vocabulary 6 --steps 2 --test-rows 50 --n-embd 16 --distil
 
 
 def test_first_the_maps_learn_and_then_everything(tmp_path, monkeypatch):
-    train, changed = associative_recall.train, []
+    train, changed = recall_task.train, []
 
     def spy(model, *args):
         before = {name: p.clone() for name, p in model.named_parameters()}
         loss = train(model, *args)
         changed.append({name for name, p in model.named_parameters() if not torch.equal(p, before[name])})
         return loss
-    monkeypatch.setattr(associative_recall, "train", spy)
+    monkeypatch.setattr(recall_task, "train", spy)
     recall([*SMALL, "--seeds", "1", "--attention", "hedgehog"], tmp_path / "rows.json")
     softmax, scratch, distilled, finetuned = changed
     assert all(".map_" in name for name in distilled) and len(distilled) == 4             # two maps a layer
@@ -183,7 +185,7 @@ def test_the_whole_path_prepare_train_resume_evaluate_sample_collect(tmp_path, m
     curve = list(csv.DictReader((out / "hedgehog.csv").open()))
     assert {"command", "commit", "torch", "device"} <= curve[0].keys() and len(curve) == 4
     assert f"{rows['hedgehog']['test_ppl'] / rows['softmax']['test_ppl']:.3f}" in capsys.readouterr().out
-    if plot.plt:
+    if common.plt:
         assert {"loss.png", "perplexity.png"} <= {path.name for path in out.iterdir()}
 
 
@@ -248,7 +250,7 @@ def test_conversions_are_collected_with_ratios_curves_and_a_table(converted, tmp
     row = [found["hedgehog", stage] for stage in ("swapped", "distilled", "finetuned")]
     assert [cells[2], cells[4], cells[5], cells[8], cells[10]] == [
         "-", "-", f"{row[1]['mean_kl']:.3f}", f"{row[2]['valid_ppl']:.2f}", f"{row[2]['ratio']:.3f}"]  # no test split
-    variants = {(row["attention"], plot.conversion_variant(row, rows)) for row in rows if row["stage"] == "finetuned"}
+    variants = {(row["attention"], conversion.variant_of(row, rows)) for row in rows if row["stage"] == "finetuned"}
     assert variants == {("softmax", ""), ("hedgehog", ""), ("hedgehog", ", undistilled"), ("elu", ""),
                         ("hedgehog", ", softmax in the first 1, window 8")}
     other = tmp_path / "other"
@@ -269,7 +271,7 @@ def test_conversions_are_collected_with_ratios_curves_and_a_table(converted, tmp
 @needs_matplotlib
 def test_a_conversion_is_drawn_at_its_best_rate_and_its_longest_distillation(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(plot, "save", lambda fig, path, title: seen.append((title, [
+    monkeypatch.setattr(conversion, "save", lambda fig, path, title: seen.append((title, [
         (line.get_label(), list(line.get_ydata())) for ax in fig.axes for line in ax.lines])))
 
     def row(attention, stage, tokens, **values):
@@ -281,7 +283,7 @@ def test_a_conversion_is_drawn_at_its_best_rate_and_its_longest_distillation(tmp
     for r in rows[:3]:
         rows.append(r | dict(stage="distilled", tokens=0))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    plot.conversion(tmp_path / "rows.json")
+    conversion.draw(tmp_path / "rows.json")
     title, lines = seen[0]
     assert title == "hedgehog: 1.200 x the finetuned teacher's perplexity"
     assert dict(lines) == {"hedgehog": [1.5, 1.2], "softmax": [1.0], "hedgehog, distilled": [2.0]}
@@ -322,16 +324,16 @@ def test_either_form_of_the_map_for_queries_and_for_keys(converted, tmp_path):
     assert len({round(row["mean"], 6) for row in found.values()}) == 4
     config = attention_properties.PropertiesConfig(
         teacher=flags[0], data=flags[2], maps=str(tmp_path / "whole"), distill_steps=3, distill_lr=3e-2, device="cpu")
-    teacher, text, device = attention_properties.teacher_and_text(config)
+    teacher, text, device = common.teacher_and_text(config)
     for form, kind in (("exp", "hedgehog_exp"), ("stable", "hedgehog")):                  # both alike: the map itself
-        model = attention_properties.student(teacher, text, config, device, attention=kind)
+        model = common.student(teacher, text, config, device, attention=kind)
         kl = convert_gpt2.faithfulness(model, text["valid"], SimpleNamespace(block_size=32, batch_size=8), device,
                                        nullcontext())["kl"]
         assert found[form, form]["kl"] == pytest.approx(kl, abs=1e-6)
     map_forms.use("stable", "exp")(model)
     for block in model.transformer.h:
         assert (block.attn.linear.map_q.kind, block.attn.linear.map_k.kind) == ("hedgehog", "hedgehog_exp")
-    if plot.plt:
+    if common.plt:
         assert (tmp_path / "forms.png").exists()
 
 
@@ -408,23 +410,23 @@ def given(teacher, tmp_path, steps):
 
 
 def test_what_is_measured_is_what_the_teachers_attention_used(teacher, tmp_path):
-    model, _, _ = attention_properties.teacher_and_text(given(teacher, tmp_path, 0))
+    model, _, _ = common.teacher_and_text(given(teacher, tmp_path, 0))
     idx, attention, seen = torch.randint(100, (1, 32)), model.transformer.h[1].attn, []
     attention.register_forward_hook(lambda module, args, y: seen.extend((args[0], y)))
     model(idx)
     v = attention.split_heads(seen[0])[2]
-    q, k = attention_properties.read(model, idx)[1]
-    torch.testing.assert_close(attention.merge_heads(attention_properties.weights(None, 1, q, k) @ v), seen[1])
+    q, k = common.read(model, idx)[1]
+    torch.testing.assert_close(attention.merge_heads(common.weights(None, 1, q, k) @ v), seen[1])
 
 
 def test_half_distilled_maps_are_finished_and_those_of_another_recipe_refused(teacher, tmp_path, monkeypatch):
     def maps(steps):
-        model, data, device = attention_properties.teacher_and_text(config := given(teacher, tmp_path, steps))
-        student = attention_properties.student(model, data, config, device, attention="t2r", name="kept")
+        model, data, device = common.teacher_and_text(config := given(teacher, tmp_path, steps))
+        student = common.student(model, data, config, device, attention="t2r", name="kept")
         return student.state_dict()["transformer.h.0.attn.linear.map_q.weight"]
 
-    real, calls = attention_properties.distill, []
-    monkeypatch.setattr(attention_properties, "distill", lambda *args: (calls.append(args[2]), real(*args)))
+    real, calls = common.distill, []
+    monkeypatch.setattr(common, "distill", lambda *args: (calls.append(args[2]), real(*args)))
     whole = maps(3)
     assert not torch.equal(whole, torch.eye(8).expand(2, 8, 8)) and torch.equal(maps(3), whole)
     assert [stage.resume for stage in calls] == [False, True]
@@ -440,12 +442,13 @@ def test_half_distilled_maps_are_finished_and_those_of_another_recipe_refused(te
 @needs_matplotlib
 def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(plot, "save", lambda fig, path, title: (titles.append(title), plot.plt.close(fig)))
+    for module in (associative_recall, plot):
+        monkeypatch.setattr(module, "save", lambda fig, path, title: (titles.append(title), common.plt.close(fig)))
     for accuracy in (1.0, 0.5):
         rows = [dict(attention="elu", seed=seed, accuracy=0.2, converted=accuracy) for seed in (0, "mean")]
         rows += [dict(attention="softmax", seed=seed, accuracy=1.0) for seed in (0, "mean")]
         (tmp_path / "rows.json").write_text(json.dumps(rows))
-        plot.associative_recall(tmp_path / "rows.json")
+        associative_recall.draw(tmp_path / "rows.json")
     assert titles == [f"Associative recall: solved from scratch by softmax, from softmax by {name}"
                       for name in ("elu", "0 of 1")]
     rows = [{"form": form, "T": T, "pass": "forward+backward", "ms": ms * T, "peak_mib": 1.0, "B": 1}
