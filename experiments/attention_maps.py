@@ -7,7 +7,7 @@ The table is the KL divergence from softmax's weights, in nats, a layer: on the 
 of the same kind that they have not seen, on other text, and on contexts longer than those they were distilled on.
 GPT-2's learned positions end at the teacher's block size, so for the last the maps are distilled again, on a quarter of
 it, and read up to all of it: the teacher knows every position, the maps do not. For 256 to 4,096, train a teacher that
-long (train_gpt.py --attention softmax --block-size 4096) and give --short 256.
+long (train_gpt.py --attention softmax --block-size 4096) and give --short 256 --contexts-only.
 """
 
 import argparse
@@ -50,14 +50,14 @@ def kl(p, y):
     return (p * (p.clamp(min=1e-37).log() - y.clamp(min=1e-37).log()))[past].sum().item() / len(p)
 
 
-def pictures(models, layers, heads):
-    maps, kl_of_heads = {}, {}
+def pictures(models, layers):
+    heads, maps, kl_of_heads = pick_heads(layers), {}, {}
     for name in PICTURES:
         square = [weights(models.get(name), layer, *layers[layer])[0, head] for layer, head in heads]
         maps[name] = [triangle(y) for y in square]
         kl_of_heads[name] = [kl(weights(None, layer, *layers[layer])[0, head], y)
                              for (layer, head), y in zip(heads, square)]
-    return dict(maps=maps, kl_of_heads=kl_of_heads)
+    return dict(heads=heads, maps=maps, kl_of_heads=kl_of_heads)
 
 
 def measure(name, model, texts, context, distilled_at, device):
@@ -104,11 +104,8 @@ def main(args):
     short = args.short or T // 4
     other = np.array(tokenizer.encode(Path(args.other).read_text(encoding="utf-8")))
     texts = {"training": data["train"], "held out": data["valid"], "other": other}
-    models = {name: student(teacher, data, config, device, **options) for name, options in MAPS.items()}
-
-    ids = encode_prompt(tokenizer, args.text)[:, :T].to(device)
-    layers = read(teacher, ids)
-    heads = pick_heads(layers)
+    maps = {} if args.contexts_only else MAPS
+    models = {name: student(teacher, data, config, device, **options) for name, options in maps.items()}
     rows = []
     for name, model in models.items():
         rows += measure(name, model, texts, T, T if "after" in name else None, device)
@@ -119,10 +116,14 @@ def main(args):
         for context in contexts:
             rows += measure(name, model, {"held out": data["valid"]}, context, short if "after" in name else None,
                             device)
-    save_json(Path(args.out), dict(rows=rows, heads=heads, text=args.text, **pictures(models, layers, heads),
-                                   other=Path(args.other).name, distill_steps=args.distill_steps, **provenance(device)))
+    found = dict(rows=rows, text=args.text, other=Path(args.other).name, distill_steps=args.distill_steps,
+                 **provenance(device))
+    if models:
+        found |= pictures(models, read(teacher, encode_prompt(tokenizer, args.text)[:, :T].to(device)))
+    save_json(Path(args.out), found)
     print(table(rows))
-    draw_if_possible(draw, Path(args.out))
+    if models:
+        draw_if_possible(draw, Path(args.out))
 
 
 def parse(argv=None):
@@ -138,6 +139,7 @@ def parse(argv=None):
     add("--distill-lr", type=float, default=1e-2, help="its peak learning rate")
     add("--compile", action="store_true", help="torch.compile its loss: for long contexts on a GPU")
     add("--short", type=int, default=0, help="length to distil at for longer contexts; 0: a quarter of the teacher's")
+    add("--contexts-only", action="store_true", help="leave out the pictures and the table at the teacher's own length")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     add("--out", default="experiments/results/attention_maps.json", help="the table; the picture goes beside it")
     return parser.parse_args(argv)

@@ -402,6 +402,9 @@ def test_attention_maps_are_measured_and_drawn(teacher, tmp_path, capsys, monkey
     maps = train_gpt.load_checkpoint(tmp_path / "maps" / "t2r-8" / "distilled" / "last.pt")
     assert maps["config"]["lr"] == 0.02
     assert "distilled at" in capsys.readouterr().out
+    attention_maps.main(attention_maps.parse([*flags.split(), "--contexts-only", "--out", str(tmp_path / "some.json")]))
+    some = json.loads((tmp_path / "some.json").read_text())
+    assert "maps" not in some and some["rows"] == found["rows"][-len(some["rows"]):] and len(some["rows"]) == 12
 
 
 def given(teacher, tmp_path, steps):
