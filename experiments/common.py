@@ -57,8 +57,8 @@ def color(name):
     return GREY if name.startswith("softmax") else COLORS[0] if name.startswith("hedgehog") else COLORS[1]
 
 
-def bars(ax, names, values, label, form="{:.2f}"):
-    drawn = ax.barh(names, values, color=[color(name) for name in names])
+def bars(ax, names, values, label, form="{:.2f}", colors=None):
+    drawn = ax.barh(names, values, color=colors or [color(name) for name in names])
     ax.bar_label(drawn, [form.format(v) for v in values], padding=4, color=GREY)
     ax.invert_yaxis()
     ax.margins(x=0.16)

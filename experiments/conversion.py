@@ -9,11 +9,10 @@ figures are drawn and the table printed. --out names another folder: sweep/ hold
 
 import argparse
 import json
-import math
 import shutil
 from pathlib import Path
 
-from common import COLORS, GREY, RESULTS, draw_if_possible, figure, save
+from common import COLORS, GREY, RESULTS, bars, draw_if_possible, figure, save
 from wikitext103 import departures, number
 
 from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio
@@ -74,27 +73,19 @@ def variant_of(row, rows):
 
 
 def draw(path):
-    """Left: perplexity against the finetuned teacher's, over tokens of finetuning. Right: KL from softmax, by layer."""
-    rows, lines = json.loads(path.read_text()), {}
-    for row in rows:
-        if row["stage"] == "finetuned" and row["ratio"]:
-            best = lines.setdefault((row["attention"], variant_of(row, rows)), {})
-            best[row["tokens"]] = min(row["ratio"], best.get(row["tokens"], math.inf))
+    """Above: perplexity over the finetuned teacher's, at the best rate. Below: KL from softmax's weights, by layer."""
+    rows, best, drawn = json.loads(path.read_text()), {}, {}
+    finetuned = [row for row in rows if row["stage"] == "finetuned" and row["ratio"]]
+    lengths = {row["tokens"] for row in finetuned}
+    for row in sorted(finetuned, key=lambda row: row["ratio"]):
+        after = f", {row['tokens'] / 1e6:.0f}M tokens" if len(lengths) > 1 else ""
+        best.setdefault(row["attention"] + variant_of(row, rows) + after, row)
     kinds = [kind for kind in dict.fromkeys(row["attention"] for row in rows) if kind != "softmax"]
     colors = {"softmax": GREY} | dict(zip(kinds, COLORS))
-    styles = dict(zip(sorted({variant for _, variant in lines}), 2 * ("o-", "s--", "^:", "D-.")))
-    fig, [[left, right]] = figure(columns=2, height=4.6)
-    lines = dict(sorted(lines.items(), key=lambda line: line[1][max(line[1])]))
-    for (kind, variant), points in lines.items():
-        x, y = zip(*sorted(points.items()))
-        left.plot([tokens / 1e6 for tokens in x], y, styles[variant], label=kind + variant, color=colors[kind])
-    left.set(xscale="log", xlabel="tokens of finetuning, millions", ylabel="perplexity / finetuned teacher's")
-    ticks = sorted({tokens / 1e6 for points in lines.values() for tokens in points})
-    left.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    left.minorticks_off()
-    left.margins(x=0.15)
-    left.legend()
-    drawn = {}
+    fig, [[above], [below]] = figure(rows=2, height=3.9 + 0.36 * len(best))
+    fig.get_layout_engine().set(hspace=0.08)
+    bars(above, list(best), [row["ratio"] for row in best.values()], "test perplexity / the finetuned teacher's",
+         form="{:.3f}", colors=[colors[row["attention"]] for row in best.values()])
     for row in rows:  # all layers; maps that learn are drawn distilled, and those of the longest distillation
         last = drawn.get(row["attention"], row)
         if "kl" in row and not row.get("softmax_layers") and (row["stage"] == "distilled", row["tokens"]) >= (
@@ -102,13 +93,13 @@ def draw(path):
             drawn[row["attention"]] = row
     for kind, row in sorted(drawn.items(), key=lambda item: item[1]["mean_kl"]):
         stage = {"distilled": "distilled", "swapped": "as it is"}[row["stage"]]
-        right.plot(range(len(row["kl"])), row["kl"], "o-", label=f"{kind}, {stage}", color=colors[kind])
-    right.set(xlabel="layer", ylabel="KL from softmax (nats)")
-    right.set_ylim(0, 1.3 * right.get_ylim()[1])
-    right.legend()
-    linear = next((line for line in lines if line[0] != "softmax"), None)
-    save(fig, path.with_suffix(".png"), f"{''.join(linear)}: {lines[linear][max(lines[linear])]:.3f} x the finetuned "
-         "teacher's perplexity" if linear else "The teacher alone")
+        below.plot(range(len(row["kl"])), row["kl"], "o-", label=f"{kind}, {stage}", color=colors[kind])
+    below.set(xlabel="layer", ylabel="KL from softmax (nats)")
+    below.set_xticks(range(max((len(row["kl"]) for row in drawn.values()), default=1)))
+    below.legend(loc="upper right", bbox_to_anchor=(-0.12, 1.05))
+    plain = [row for row in best.values() if row["attention"] != "softmax" and not variant_of(row, rows)]
+    save(fig, path.with_suffix(".png"), "Times the finetuned softmax: " + ", ".join(
+        f"{row['attention']} {row['ratio']:.3f}" for row in plain[:3]) if plain else "The teacher alone")
 
 
 def main(folders, out):

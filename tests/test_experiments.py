@@ -270,23 +270,30 @@ def test_conversions_are_collected_with_ratios_curves_and_a_table(converted, tmp
 
 @needs_matplotlib
 def test_a_conversion_is_drawn_at_its_best_rate_and_its_longest_distillation(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(conversion, "save", lambda fig, path, title: seen.append((title, [
-        (line.get_label(), list(line.get_ydata())) for ax in fig.axes for line in ax.lines])))
+    seen = {}
+
+    def look(fig, path, title):
+        above, below = fig.axes
+        seen.update(title=title, lines={line.get_label(): list(line.get_ydata()) for line in below.lines}, bars=dict(
+            zip([label.get_text() for label in above.get_yticklabels()], [bar.get_width() for bar in above.patches])))
+    monkeypatch.setattr(conversion, "save", look)
 
     def row(attention, stage, tokens, **values):
         return dict(name=f"{attention}{values}", attention=attention, stage=stage, tokens=tokens, options={}) | values
     rows = [row("hedgehog", "finetuned", 5, ratio=2.0), row("hedgehog", "finetuned", 5, ratio=1.5),
-            row("hedgehog", "finetuned", 9, ratio=1.2), row("softmax", "finetuned", 5, ratio=1.0),
+            row("hedgehog", "finetuned", 9_000_000, ratio=1.2), row("softmax", "finetuned", 5, ratio=1.0),
             row("hedgehog", "swapped", 0, kl=[9.0], mean_kl=9.0)]
     rows += [row("hedgehog", "distilled", tokens, kl=[kl], mean_kl=kl) for tokens, kl in ((3, 3.0), (7, 2.0), (2, 4.0))]
     for r in rows[:3]:
         rows.append(r | dict(stage="distilled", tokens=0))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     conversion.draw(tmp_path / "rows.json")
-    title, lines = seen[0]
-    assert title == "hedgehog: 1.200 x the finetuned teacher's perplexity"
-    assert dict(lines) == {"hedgehog": [1.5, 1.2], "softmax": [1.0], "hedgehog, distilled": [2.0]}
+    assert seen == dict(
+        title="Times the finetuned softmax: hedgehog 1.200, hedgehog 1.500", lines={"hedgehog, distilled": [2.0]},
+        bars={"softmax, 0M tokens": 1.0, "hedgehog, 9M tokens": 1.2, "hedgehog, 0M tokens": 1.5})
+    (tmp_path / "rows.json").write_text(json.dumps(rows[3:4]))
+    conversion.draw(tmp_path / "rows.json")
+    assert seen == dict(title="The teacher alone", lines={}, bars={"softmax": 1.0})
 
 
 def test_layers_are_swapped_one_by_one(converted, tmp_path):
