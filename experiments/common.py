@@ -46,7 +46,7 @@ def figure(rows=1, columns=1, height=3.6, **options):
 
 
 def save(fig, path, title):
-    fig.suptitle(title, color=GREY, fontsize=13.5, fontweight="bold")
+    fig.suptitle(title, color=GREY, fontsize=min(13.5, 1000 / len(title)), fontweight="bold")  # as wide as the figure
     fig.savefig(path, pil_kwargs=dict(optimize=True))
     plt.close(fig)
     print(f"{path}: {title}")

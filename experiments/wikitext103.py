@@ -104,7 +104,7 @@ def perplexities(path):
          colors=[color(row["attention"]) for row in rows])
     pairs = [(row, softmax_beside(row, rows, plain=True)) for row in rows if row["attention"] != "softmax"]
     ratios = [f"{row['name']} {row['test_ppl'] / softmax['test_ppl']:.3f}" for row, softmax in pairs if softmax]
-    title = "Times plain softmax's perplexity: " + ", ".join(ratios[:3])
+    title = "x softmax: " + ", ".join(ratios[:3])
     save(fig, path.with_name("perplexity.png"), title if ratios else
          f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
 
