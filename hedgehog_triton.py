@@ -590,6 +590,7 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     B, H, T, _ = q.shape
     if do.stride(-1) != 1 or do.stride(2) >= 2**24:
         do = do.contiguous()
+    ds1 = ds1 if ds1 is None else ds1.contiguous()
     opt = options(q, v, wq is not None, bq is not None)
     HP, float32 = opt["HP"], torch.float32
     n_chunks = -(-T // opt["L"])

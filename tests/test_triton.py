@@ -89,6 +89,13 @@ def test_a_denominator_that_is_not_a_number_shows():
     assert ours[:, 1].isnan().all() and definition[:, 1].isnan().all() and ours[:, 0].isfinite().all()
 
 
+def test_the_gradient_of_the_state_may_be_in_any_layout():
+    x = make(1, 2, 20, 32)
+    x["k"].requires_grad_()
+    grads = [torch.autograd.grad(f(**x)[1].sum(), x["k"])[0] for f in (fused, exact)]     # that of a sum has no strides
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_the_layer_calls_the_kernels_where_it_may(monkeypatch):
     import hedgehog
     layer = LinearAttention(2, 32, bias=True)
