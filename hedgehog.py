@@ -311,7 +311,7 @@ class LinearAttention(nn.Module):
     Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
     segments is kept, and the backward pass recomputes the features of one segment at a time. That takes about the
     memory of softmax attention, for 35 to 60 % more time forward and backward. `segment_size=0` keeps everything
-    instead. The fused kernels ("auto" on a GPU) do without: they never write the features of the hedgehog map.
+    instead. The fused kernels ("auto" on a GPU) do without: of the two hedgehog maps they never write features.
     """
 
     def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, tie_qk=False, chunk_size=64, segment_size=256,
@@ -328,12 +328,13 @@ class LinearAttention(nn.Module):
         if q.ndim != 4 or q.shape[1::2] != (H, D) or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
             raise ValueError(f"expected q and k (B, {H}, T, {D}) and v (B, {H}, T, any), got {tuple(q.shape)}, "
                              f"{tuple(k.shape)} and {tuple(v.shape)}")
-        kernels, has_map = None, self.map_q.kind == "hedgehog"
+        kernels, kind = None, self.map_q.kind
+        has_map = kind == self.map_k.kind and kind in ("hedgehog", "hedgehog_exp")        # that the kernels make
         if form == "auto" and q.dtype == k.dtype == v.dtype:
             kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map)
         if kernels and has_map:
             return kernels.fused_attention(q, k, v, self.map_q.W(), self.map_k.W(), self.map_q.bias,
-                                           self.map_k.bias, state, return_state)
+                                           self.map_k.bias, state, return_state, kind=kind)
         if kernels or form not in ("auto", "chunked") or not 0 < self.segment_size < q.shape[2]:
             return self.attend(q, k, v, form, state, return_state, offset)
         y, run = [], partial(checkpoint, self.attend, use_reentrant=False, preserve_rng_state=False)

@@ -5,7 +5,7 @@ Optional. hedgehog.py stands without this file and is the oracle of its tests; h
 Design
     Linear attention is bound by memory traffic, not by arithmetic: features are twice as wide as q and k. So features
     are made in registers from an (L, D) tile of q or k and never written; the backward pass makes them again.
-    Time is cut into chunks of L = 64 tokens. The two softmaxes of the map are two tiles (p, m), so that every product
+    Time is cut into chunks of L = 64 tokens. The two halves of the map are two tiles (p, m), so that every product
     is (64, D) x (D, D) or (64, D) x (D, 64), the shape that a Hopper tensor core takes in one go.
 
     forward   one program walks along a head, the state S (2D, D) in float32 registers:
@@ -26,14 +26,20 @@ Precision: sums and states are float32. Products take bfloat16 operands for bflo
 range is too small for features) and float32 three tf32 products each, which is float32 to about 1e-6. S_n and R_n are
 written in the type of the products, which is what they are used in.
 
-Bounds, on an H100 at T = 1,024 (experiments/results/triton-ncu.json): what must be read and written once takes, at 3
-TB/s, 27 % of the time of forward, 68 % of states, 46 % of grad_kv and 59 % of grad_q; their sum is 49 % of the time of
-all four, and a single pass each way that kept all else on the chip would be 21 %. A chunk's work is a chain of small
-products, reductions and barriers, and registers (255 a thread) allow two programs a multiprocessor: an instruction is
-issued in 23 to 29 of 100 cycles, tensor cores are busy in 9 to 17, and what is waited for is memory (25 to 43 % of the
-samples) and the last instruction's result. A spilled register costs more than it looks, since two programs leave little
-cache beside their shared memory: masks and offsets within a chunk in 32 bits, 7 % fewer instructions but far fewer
-spills, made grad_kv 12 % faster.
+Maps: `hedgehog`, two softmaxes, or `hedgehog_exp`, the exponentials of hedgehog.py's safe_exp: of a query u less its
+largest |u|, a factor that cancels; of a key u within -30 and 30, and beyond no gradient. So denominators are at least
+e^-30, and nothing overflows. The exponential map is checked in Triton's interpreter and compiled for sm_90 (D = 64 in
+bfloat16: 6 to 19 % fewer instructions a kernel than the other map, spills the same to within 12 bytes a thread), but
+not yet timed on a GPU.
+
+Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/results/triton-ncu.json): what must be read and written once
+takes, at 3 TB/s, 27 % of the time of forward, 68 % of states, 46 % of grad_kv and 59 % of grad_q; their sum is 49 % of
+the time of all four, and a single pass each way that kept all else on the chip would be 21 %. A chunk's work is a chain
+of small products, reductions and barriers, and registers (255 a thread) allow two programs a multiprocessor: an
+instruction is issued in 23 to 29 of 100 cycles, tensor cores are busy in 9 to 17, and what is waited for is memory (25
+to 43 % of the samples) and the last instruction's result. A spilled register costs more than it looks, since two
+programs leave little cache beside their shared memory: masks and offsets within a chunk in 32 bits, 7 % fewer
+instructions but far fewer spills, made grad_kv 12 % faster.
 
 Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (more than a quarter
 of its instructions went to spilled registers); a third program a multiprocessor (168 registers: 1.4 to 1.8 times as
@@ -100,7 +106,7 @@ def load_map(w, b, h, cols, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.con
     HP: tl.constexpr = cols.shape[0]
     W = tl.zeros((HP, HP), dtype)
     bias = tl.zeros((HP,), tl.float32)
-    if MAP:
+    if MAP is not None:
         W = tl.load(w + h * HP * HP + cols[:, None] * HP + cols[None, :]).to(dtype)
     if BIAS:
         bias = tl.load(b + h * HP + cols).to(tl.float32)
@@ -108,23 +114,45 @@ def load_map(w, b, h, cols, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
-def softmaxes(raw, w, b, scale, BIAS: tl.constexpr, PREC: tl.constexpr):
-    """scale softmax(u) and scale softmax(-u) over features, u = x w + b, float32."""
-    u = tl.dot(raw, w, input_precision=PREC)
-    if BIAS:
-        u += b[None, :]
+def softmaxes(u, scale):
+    """scale softmax(u) and scale softmax(-u) over features."""
     p = tl.exp2(u * LOG2E - (tl.max(u, axis=1) * LOG2E)[:, None])
     m = tl.exp2((tl.min(u, axis=1) * LOG2E)[:, None] - u * LOG2E)
     return p * (scale / tl.sum(p, axis=1, keep_dims=True)), m * (scale / tl.sum(m, axis=1, keep_dims=True))
 
 
 @triton.jit
-def features(raw, x, start, rows, stride, cols, w, b, n, scale, MAP: tl.constexpr, BIAS: tl.constexpr,
-             PREC: tl.constexpr):
+def exponentials(u, scale, QUERY: tl.constexpr):
+    """scale exp(u) and scale exp(-u), as hedgehog.py's safe_exp: u of queries less max |u|, of keys within 30."""
+    if QUERY:
+        top = tl.max(tl.abs(u), axis=1)[:, None]
+        p, m = tl.exp2((u - top) * LOG2E), tl.exp2((u + top) * -LOG2E)
+    else:
+        u = tl.clamp(u, -30.0, 30.0, propagate_nan=tl.PropagateNan.ALL)
+        p, m = tl.exp2(u * LOG2E), tl.exp2(u * -LOG2E)
+    return p * scale, m * scale
+
+
+@triton.jit
+def halves(raw, w, b, scale, QUERY: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, PREC: tl.constexpr):
+    """The halves of phi(raw), of u = raw w + b, in float32, each row times its `scale`."""
+    u = tl.dot(raw, w, input_precision=PREC)
+    if BIAS:
+        u += b[None, :]
+    if MAP == "hedgehog":
+        p, m = softmaxes(u, scale)
+    else:
+        p, m = exponentials(u, scale, QUERY)
+    return p, m
+
+
+@triton.jit
+def features(raw, x, start, rows, stride, cols, w, b, n, scale, QUERY: tl.constexpr, MAP: tl.constexpr,
+             BIAS: tl.constexpr, PREC: tl.constexpr):
     """The halves of phi in float32, each row times its `scale`, zero for rows that are not there. Without MAP, raw is
     the first half, and the second lies beside it in x."""
-    if MAP:
-        p, m = softmaxes(raw, w, b, scale, BIAS, PREC)
+    if MAP is not None:
+        p, m = halves(raw, w, b, scale, QUERY, MAP, BIAS, PREC)
     else:
         p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, n, tl.float32)
         p, m = p * scale, m * scale
@@ -132,10 +160,19 @@ def features(raw, x, start, rows, stride, cols, w, b, n, scale, MAP: tl.constexp
 
 
 @triton.jit
-def half_gradient(p, g):
-    """d loss / d u of p = softmax(u), of which g is the gradient."""
+def half_gradient(p, g, MAP: tl.constexpr):
+    """d loss / d u of p = softmax(u) or p = exp(u), of which g is the gradient."""
     p = p.to(tl.float32)
-    return p * (g - tl.sum(p * g, axis=1)[:, None])
+    if MAP == "hedgehog":
+        g -= tl.sum(p * g, axis=1)[:, None]
+    return p * g
+
+
+@triton.jit
+def below_bound(p, m):
+    """The halves of keys, both zero where one is at its bound e^30: from there on u has no gradient."""
+    inside = tl.maximum(p, m).to(tl.float32) < 1.0686e13  # e^30, 1.06865e13, is 1.0720e13 in bfloat16
+    return tl.where(inside, p, 0.0), tl.where(inside, m, 0.0)
 
 
 # States: (P, DV + 1) in float32 from and to PyTorch, the last column the denominator's.
@@ -238,11 +275,11 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
         rawk = load_tile(k, start, rows, kt, cols, n, dtype)
         x = load_tile(v, start, rows, vt, vcols, n, dtype)
         # q before k, float32 for as short as can be: registers are what there is least of
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, 1.0, MAP, BIAS, PREC)
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, 1.0, True, MAP, BIAS, PREC)
         d = tl.sum(qp * zp[None, :], axis=1) + tl.sum(qm * zm[None, :], axis=1)
         qp, qm = qp.to(dtype), qm.to(dtype)
         inside = (rows < n).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
         zp += tl.sum(kp, axis=0)
         zm += tl.sum(km, axis=0)
         kp, km = kp.to(dtype), km.to(dtype)
@@ -308,7 +345,7 @@ def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
                 if block == 0:
                     tl.store(deltas + bh * T + start + rows, delta, mask=rows < n)
         value = load_tile(y, start, rows, yt, vcols, n, dtype)
-        p, m = features(raw, x, start, rows, xt, cols, W, B, n, scale[:, None], MAP, BIAS, PREC)
+        p, m = features(raw, x, start, rows, xt, cols, W, B, n, scale[:, None], BACKWARD, MAP, BIAS, PREC)
         if BACKWARD:
             zp += tl.sum(p * delta[:, None], axis=0)
             zm += tl.sum(m * delta[:, None], axis=0)
@@ -399,7 +436,7 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw
             prefetch(s + (program + 1) * 2 * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
             prefetch(s + (program * 2 + 3) * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
         inside = (rows < n).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
+        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
         dA = tl.zeros((L, L), tl.float32) + delta[:, None]
         gp = delta[:, None] * load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
@@ -418,9 +455,9 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw
         r = load_reciprocal(den, start, rows, n)[:, None]
         gp = tl.dot(dA, kp, gp, input_precision=PREC)
         gm = tl.dot(dA, km, gm, input_precision=PREC)
-        if MAP:
-            p, m = softmaxes(raw, WQ, BQ, 1.0, BIAS, PREC)
-            du = (half_gradient(p, gp) - half_gradient(m, gm)) * r
+        if MAP is not None:
+            p, m = halves(raw, WQ, BQ, 1.0, True, MAP, BIAS, PREC)
+            du = (half_gradient(p, gp, MAP) - half_gradient(m, gm, MAP)) * r
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
@@ -429,7 +466,7 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw
         else:
             store_tile(dq, start, rows, xt, cols, n, gp * r)
             store_tile(dq + HP, start, rows, xt, cols, n, gm * r)
-    if MAP:
+    if MAP is not None:
         store_weight_gradient(dw, db, bh * tl.num_programs(1) + seg, cols, dW, dB, BIAS)
 
 
@@ -459,9 +496,10 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
         dy = load_tile(do, start, rows, gt, tl.arange(0, BV), n, dtype)
         inside = (rows < n).to(tl.float32)
         scale = load_reciprocal(den, start, rows, n)
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, scale[:, None], MAP, BIAS, PREC)  # psi_q
+        # psi_q
+        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, scale[:, None], True, MAP, BIAS, PREC)
         qp, qm = qp.to(dtype), qm.to(dtype)
-        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, n, inside[:, None], MAP, BIAS, PREC)
+        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
         x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
         A = tl.dot(kp, tl.trans(qp), input_precision=PREC)
@@ -481,18 +519,20 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
             store_tile(dv, start, rows, yt, c, n, y)
             dA = tl.dot(x, tl.trans(dy), dA, input_precision=PREC)
         dA = tl.where(causal, dA, 0.0).to(dtype)
+        if MAP == "hedgehog_exp":
+            kp, km = below_bound(kp, km)
         g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
         g = feature_gradient(g, dA, qp, v, start, rows, vt, n, r, r0, program, segment, 0, cols, DV, BV, SEGMENTS,
                              dtype, PREC)
-        if MAP:
-            du = half_gradient(kp, g)
+        if MAP is not None:
+            du = half_gradient(kp, g, MAP)
         else:
             store_tile(dk, start, rows, xt, cols, n, g)
         g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 1, cols, SEGMENTS)[None, :]
         g = feature_gradient(g, dA, qm, v, start, rows, vt, n, r, r0, program, segment, 1, cols, DV, BV, SEGMENTS,
                              dtype, PREC)
-        if MAP:
-            du -= half_gradient(km, g)
+        if MAP is not None:
+            du -= half_gradient(km, g, MAP)
             if BIAS:
                 dB += tl.sum(du, axis=0)
             du = du.to(dtype)
@@ -500,7 +540,7 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
             dW = tl.dot(tl.trans(raw), du, dW, input_precision=PREC)
         else:
             store_tile(dk + HP, start, rows, xt, cols, n, g)
-    if MAP:
+    if MAP is not None:
         store_weight_gradient(dw, db, bh * tl.num_programs(1) + seg, cols, dW, dB, BIAS)
 
 
@@ -523,14 +563,14 @@ def segments(programs, T, L, device, slower, extra):
     return chunks * L, -(-n_chunks // chunks)
 
 
-def options(q, v, has_map, bias):
+def options(q, v, wq, bq, kind):
     """The compile-time part of every launch. HP: half the feature width, which is D where the map is made inside."""
-    HP = q.shape[-1] if has_map else q.shape[-1] // 2
+    HP = q.shape[-1] // (1 if wq is not None else 2)
     DV = v.shape[-1]
     dtype, precision = (tl.bfloat16, "ieee") if v.dtype == torch.bfloat16 else (tl.float32, "tf32x3")
     L = 64 if v.dtype == torch.bfloat16 else 32 if HP <= 64 else 16  # what fits into shared memory
-    return dict(HP=HP, DV=DV, BV=min(DV, 64), L=L, MAP=has_map, BIAS=bias, dtype=dtype, PREC=precision,
-                num_warps=4 if HP <= 64 else 8)
+    return dict(HP=HP, DV=DV, BV=min(DV, 64), L=L, MAP=None if wq is None else kind, BIAS=bq is not None,
+                dtype=dtype, PREC=precision, num_warps=4 if HP <= 64 else 8)
 
 
 def projections_like(*tensors):
@@ -548,11 +588,11 @@ def prefix(sums, first, last, states, z, opt, backward):
 
 def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None,
                       wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None,
-                      state: torch.Tensor | None, return_state: bool,
-                      eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                      state: torch.Tensor | None, return_state: bool, eps: float,
+                      kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, den (B, H, T), the state after the last token (B, H, P, D+1), or an empty one)."""
     B, H, T, _ = q.shape
-    opt = options(q, v, wq is not None, bq is not None)
+    opt = options(q, v, wq, bq, kind)
     o, den, s1 = attention_outputs(q, v, wq, return_state)
     n_blocks, size = opt["DV"] // opt["BV"], 2 * opt["HP"] * (opt["DV"] + 1)
     # The sums of the segments first: a walk of 0.4 times the length, and the prefix. (Measured, as below, on an H100.)
@@ -578,20 +618,20 @@ def attention_outputs(q, v, wq, return_state):
     return (*projections_like(v), q.new_empty(B, H, T, dtype=torch.float32), q.new_empty(state, dtype=torch.float32))
 
 
-def attention_fake(q, k, v, wq, wk, bq, bk, state, return_state, eps):
+def attention_fake(q, k, v, wq, wk, bq, bk, state, return_state, eps, kind):
     return attention_outputs(q, v, wq, return_state)
 
 
 def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                      wq: torch.Tensor | None, wk: torch.Tensor | None, bq: torch.Tensor | None,
                      bk: torch.Tensor | None, state: torch.Tensor | None, o: torch.Tensor,
-                     den: torch.Tensor) -> list[torch.Tensor]:
+                     den: torch.Tensor, kind: str) -> list[torch.Tensor]:
     """[dq, dk, dv, dwq, dwk, dbq, dbk, dstate]; those that nothing asked for are empty."""
     B, H, T, _ = q.shape
     if do.stride(-1) != 1 or do.stride(2) >= 2**24:
         do = do.contiguous()
     ds1 = ds1 if ds1 is None else ds1.contiguous()
-    opt = options(q, v, wq is not None, bq is not None)
+    opt = options(q, v, wq, bq, kind)
     HP, float32 = opt["HP"], torch.float32
     n_chunks = -(-T // opt["L"])
     seg = max(CHUNKS_PER_PROGRAM, -(-n_chunks // 65535)) * opt["L"]  # 65,535 is the most that a grid may have
@@ -642,7 +682,7 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     return [dq, dk, dv, *sums, empty() if dstate is None else dstate]
 
 
-def backward_fake(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den):
+def backward_fake(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den, kind):
     empty = q.new_empty(0, dtype=torch.float32)
     return [*projections_like(q, k, v),
             *(torch.empty_like(empty if w is None else w) for w in (wq, wk, bq, bk)),
@@ -650,15 +690,15 @@ def backward_fake(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den):
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, wq, wk, bq, bk, state, return_state, eps = inputs
+    q, k, v, wq, wk, bq, bk, state, return_state, _, kind = inputs
     ctx.save_for_backward(q, k, v, wq, wk, bq, bk, state, output[0], output[1])
-    ctx.return_state = return_state
+    ctx.return_state, ctx.kind = return_state, kind
 
 
 def run_backward(ctx, do, _, ds1):
     *inputs, o, den = ctx.saved_tensors
-    grads = torch.ops.hedgehog.attention_backward(do, ds1 if ctx.return_state else None, *inputs, o, den)
-    return (*(g if x is not None else None for g, x in zip(grads, inputs)), None, None)
+    grads = torch.ops.hedgehog.attention_backward(do, ds1 if ctx.return_state else None, *inputs, o, den, ctx.kind)
+    return (*(g if x is not None else None for g, x in zip(grads, inputs)), None, None, None)
 
 
 # torch.library.custom_op would do this in one line, and check at each call that no output shares memory with an input,
@@ -675,6 +715,7 @@ torch.library.register_autograd("hedgehog::attention", run_backward, setup_conte
 # What hedgehog.py calls
 
 
+MAPS = ("hedgehog", "hedgehog_exp")  # that the kernels make from raw q and k
 # KiB that a program takes on a Hopper GPU, with half the features at most 64, and with more.
 SHARED = {torch.bfloat16: (96, 148), torch.float16: (136, 136), torch.float32: (136, 136)}
 
@@ -704,7 +745,7 @@ def unsupported(x, P, D, has_map):
     return None
 
 
-def check_inputs(q, k, v, wq, wk, bq, bk, state):
+def check_inputs(q, k, v, wq, wk, bq, bk, state, kind):
     """A sentence for each call that would fail in a kernel, or be silently wrong."""
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3] or q.shape[2] < 1:
         raise ValueError(f"expected q and k (B, H, T, P) and v (B, H, T, D) with T >= 1, got {tuple(q.shape)}, "
@@ -720,6 +761,8 @@ def check_inputs(q, k, v, wq, wk, bq, bk, state):
         raise ValueError(f"the state must be float32, got {state.dtype}")
     if (wq is None) != (wk is None) or (bq is None) != (bk is None) or wq is None and bq is not None:
         raise ValueError("give both weights or none, and both biases or none, biases only with weights")
+    if kind not in MAPS:
+        raise ValueError(f"unknown map {kind!r}: the kernels make {' and '.join(MAPS)}, give others' features")
     devices = {x.device for x in (q, k, v, wq, wk, bq, bk, state) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {', '.join(map(str, devices))}")
@@ -728,24 +771,29 @@ def check_inputs(q, k, v, wq, wk, bq, bk, state):
         raise ValueError(f"hedgehog_triton cannot run this: {why}")
 
 
-def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, return_state=False, eps=1e-30):
+def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, return_state=False, eps=1e-30,
+                    kind="hedgehog"):
     """Causal linear attention, with wq, wk (H, D, D) of raw q, k (B, H, T, D), without them of features (B, H, T, P).
 
-    v: (B, H, T, D), of one dtype with q and k. Returns y (B, H, T, D), and with return_state the pair (y, state), the
-    state being (B, H, P, D+1) in float32. Raises ValueError for what does not match, and for what `unsupported` names.
+    v: (B, H, T, D), of one dtype with q and k. kind: the map that wq and wk belong to, one of MAPS. Returns y (B, H, T,
+    D), and with return_state the pair (y, state), the state being (B, H, P, D+1) in float32. Raises ValueError for what
+    does not match, and for what `unsupported` names.
     """
-    check_inputs(q, k, v, wq, wk, bq, bk, state)
+    check_inputs(q, k, v, wq, wk, bq, bk, state, kind)
     if v.dtype != torch.bfloat16 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
-        q, k = (phi(x, w, b) for x, w, b in ((q, wq, bq), (k, wk, bk)))
+        q, k = phi(q, wq, bq, kind, is_query=True), phi(k, wk, bk, kind)
         wq = wk = bq = bk = None
     # The kernels count within a chunk in 32 bits, from chunk to chunk in 64.
     q, k, v = (x if x.stride(-1) == 1 and x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
     wq, wk, bq, bk, state = (x if x is None else x.contiguous() for x in (wq, wk, bq, bk, state))
-    y, _, state = torch.ops.hedgehog.attention(q, k, v, wq, wk, bq, bk, state, return_state, eps)
+    y, _, state = torch.ops.hedgehog.attention(q, k, v, wq, wk, bq, bk, state, return_state, eps, kind)
     return (y, state) if return_state else y
 
 
-def phi(x, w, b):
+def phi(x, w, b, kind="hedgehog", is_query=False):
     u = x.to(w.dtype) @ w
     u = u if b is None else u + b.unsqueeze(-2)
+    if kind == "hedgehog_exp":
+        u = torch.cat((u, -u), dim=-1)
+        return (u - u.amax(dim=-1, keepdim=True).detach()).exp() if is_query else u.clamp(-30, 30).exp()
     return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)

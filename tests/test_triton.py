@@ -15,15 +15,15 @@ if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hedgehog_triton
-from hedgehog import LinearAttention, linear_attention
+from hedgehog import LinearAttention, linear_attention, safe_exp
 
 NAMES = ("q", "k", "v", "wq", "wk", "bq", "bk", "state")
 
 
-def make(B, H, T, D, P=None, state=False, bias=False):
+def make(B, H, T, D, P=None, state=False, bias=False, magnitude=1.0):
     torch.manual_seed(0)
-    width = P or D
-    x = {name: torch.randn(B, T, H, n).transpose(1, 2) for name, n in (("q", width), ("k", width), ("v", D))}
+    widths = dict(q=P or D, k=P or D, v=D)
+    x = {name: magnitude * torch.randn(B, T, H, n).transpose(1, 2) for name, n in widths.items()}
     if P is None:
         x |= {name: torch.eye(D) + 0.3 * torch.randn(H, D, D) for name in ("wq", "wk")}
         if bias:
@@ -35,9 +35,16 @@ def make(B, H, T, D, P=None, state=False, bias=False):
     return x
 
 
-def exact(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None):
+def features(x, w, b, kind, is_query):
+    u = x @ w if b is None else x @ w + b.unsqueeze(-2)
+    if kind == "hedgehog":
+        return torch.cat((u.softmax(-1), (-u).softmax(-1)), -1)
+    return safe_exp(torch.cat((u, -u), -1), is_query)
+
+
+def exact(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, kind="hedgehog"):
     if wq is not None:
-        q, k = (hedgehog_triton.phi(x, w, b) for x, w, b in ((q, wq, bq), (k, wk, bk)))
+        q, k = features(q, wq, bq, kind, True), features(k, wk, bk, kind, False)
     return linear_attention(q, k, v, "chunked", state=state, return_state=True)
 
 
@@ -45,9 +52,9 @@ def fused(**x):
     return hedgehog_triton.fused_attention(**x, return_state=True)
 
 
-def outputs_and_gradients(function, x, cotangents):
+def outputs_and_gradients(function, x, cotangents, **options):
     x = {name: value.detach().requires_grad_() for name, value in x.items()}
-    y, state = function(**x)
+    y, state = function(**x, **options)
     loss = (y.double() * cotangents[0]).sum() + (state.double() * cotangents[1]).sum()
     return [y, state, *torch.autograd.grad(loss, list(x.values()))]
 
@@ -55,20 +62,22 @@ def outputs_and_gradients(function, x, cotangents):
 @pytest.mark.parametrize("shape", [
     dict(B=1, H=2, T=70, D=32, bias=True),             # a ragged last chunk
     dict(B=2, H=1, T=40, D=32, state=True),
-    dict(B=1, H=1, T=17, D=128),                       # columns of v in two blocks
+    dict(B=1, H=1, T=17, D=128, magnitude=4.0),        # columns of v in two blocks; the map by PyTorch
     dict(B=1, H=1, T=45, D=64, P=32, state=True),      # features given
     dict(B=1, H=1, T=2, D=32),
+    dict(B=1, H=1, T=40, D=32, magnitude=10.0),        # u from -60 to 60: beyond 30 a key's exponential stays at e^30
 ])
+@pytest.mark.parametrize("kind", hedgehog_triton.MAPS)
 @pytest.mark.parametrize("segmented", [False, True])
-def test_values_and_every_gradient_equal_the_definition(shape, segmented, monkeypatch):
+def test_values_and_every_gradient_equal_the_definition(shape, kind, segmented, monkeypatch):
     if segmented:  # as on a GPU that a few heads cannot fill
         monkeypatch.setattr(hedgehog_triton, "segments", lambda programs, T, L, *_: (L, -(-T // L)))
         monkeypatch.setattr(hedgehog_triton, "CHUNKS_PER_PROGRAM", 1)
     x = make(**shape)
     B, H, T, D = x["v"].shape
     cotangents = torch.randn(B, H, T, D).double(), torch.randn(B, H, shape.get("P") or 2 * D, D + 1).double()
-    ours = outputs_and_gradients(fused, x, cotangents)
-    true = outputs_and_gradients(exact, {name: value.double() for name, value in x.items()}, cotangents)
+    ours = outputs_and_gradients(fused, x, cotangents, kind=kind)
+    true = outputs_and_gradients(exact, {name: value.double() for name, value in x.items()}, cotangents, kind=kind)
     for name, a, b in zip(("y", "last state", *x), ours, true, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm(), name
 
@@ -89,6 +98,34 @@ def test_a_denominator_that_is_not_a_number_shows():
     assert ours[:, 1].isnan().all() and definition[:, 1].isnan().all() and ours[:, 0].isfinite().all()
 
 
+def test_a_key_beyond_the_bound_has_no_gradient():
+    x = make(1, 1, 20, 32) | {"wk": torch.eye(32)[None]}             # so that u is the key itself
+    u = x["k"].requires_grad_()
+    with torch.no_grad():
+        u[..., 5, 3], u[..., 5, 4], u[..., 5, 6], u[..., 7, 3] = 29.9, 30.1, -30.1, -29.9
+    y = hedgehog_triton.fused_attention(**x, kind="hedgehog_exp")
+    du, = torch.autograd.grad(y.square().sum(), u)
+    assert set(map(tuple, (du == 0).nonzero()[:, 2:].tolist())) == {(5, 4), (5, 6)}
+
+
+def test_queries_may_be_as_large_as_they_like_and_of_one_sign():
+    x = make(1, 1, 20, 32) | {"wq": torch.eye(32)[None]}
+    x["q"] = -100 - x["q"].abs()
+    true = exact(**{name: value.double() for name, value in x.items()}, kind="hedgehog_exp")[0]
+    torch.testing.assert_close(fused(**x, kind="hedgehog_exp")[0].double(), true, rtol=1e-4, atol=1e-5)
+
+
+def test_features_may_be_larger_than_float16_can_be():
+    x = {name: value.half() if name in "qkv" else value for name, value in make(1, 1, 40, 32, magnitude=10.0).items()}
+    cotangents = torch.randn(1, 1, 40, 32).half().double(), torch.zeros(1, 1, 64, 33).double()
+    ours = outputs_and_gradients(fused, x, cotangents, kind="hedgehog_exp")
+    true = outputs_and_gradients(exact, {name: value.double() for name, value in x.items()}, cotangents,
+                                 kind="hedgehog_exp")
+    assert true[1].max() > 65504 and ours[0].dtype == torch.float16
+    for name, a, b in zip(("y", "last state", *x), ours, true, strict=True):
+        assert (a - b).norm() <= 3e-3 * b.norm(), name
+
+
 def test_the_gradient_of_the_state_may_be_in_any_layout():
     x = make(1, 2, 20, 32)
     x["k"].requires_grad_()
@@ -96,17 +133,39 @@ def test_the_gradient_of_the_state_may_be_in_any_layout():
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
-def test_the_layer_calls_the_kernels_where_it_may(monkeypatch):
+@pytest.fixture
+def called(monkeypatch):
+    """The arguments of each call of the kernels by hedgehog.py, which takes them as on a GPU."""
     import hedgehog
-    layer = LinearAttention(2, 32, bias=True)
-    q, k, v = torch.randn(3, 1, 2, 20, 32)
-    plain = layer(q, k, v)
+    calls, f = [], hedgehog_triton.fused_attention
+    monkeypatch.setattr(hedgehog_triton, "fused_attention", lambda *x, **o: calls.append((x, o)) or f(*x, **o))
     monkeypatch.setattr(hedgehog, "fused_kernels", lambda v, P, has_map: hedgehog_triton)
-    called = []
-    monkeypatch.setattr(hedgehog_triton, "fused_attention",
-                        lambda *x, f=hedgehog_triton.fused_attention, **o: called.append(1) or f(*x, **o))
-    torch.testing.assert_close(layer(q, k, v, "auto"), plain, rtol=1e-4, atol=1e-5)
-    assert called
+    return calls
+
+
+@pytest.mark.parametrize("kind", hedgehog_triton.MAPS)
+@pytest.mark.parametrize("options", [dict(bias=True), dict(tie_qk=True, learn_temperature=True)])
+def test_the_layer_calls_the_kernels_where_it_may(kind, options, called):
+    torch.manual_seed(0)
+    layer = LinearAttention(2, 32, kind, **options)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    q, k, v, g = torch.randn(4, 1, 2, 20, 32).requires_grad_()
+    results = []
+    for form in ("quadratic", "auto"):
+        y = layer(q, k, v, form)
+        results.append((y, *torch.autograd.grad(y, (q, k, v, *layer.parameters()), g)))
+    assert len(called) == 1 and called[0][0][3] is not None, "the map is the kernels' too"
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_of_two_kinds_are_not_made_in_the_kernels(called):
+    layer = LinearAttention(2, 32)
+    layer.map_k.kind = "hedgehog_exp"
+    q, k, v = torch.randn(3, 1, 2, 20, 32)
+    torch.testing.assert_close(layer(q, k, v, "auto"), layer(q, k, v, "quadratic"), rtol=1e-4, atol=1e-5)
+    assert len(called) == 1 and len(called[0][0]) == 3, "features alone"
 
 
 @pytest.mark.parametrize("change, words", [
@@ -120,6 +179,7 @@ def test_the_layer_calls_the_kernels_where_it_may(monkeypatch):
     ({x: torch.zeros(1, 2, 5, 48) for x in "qkv"} | {w: torch.zeros(2, 48, 48) for w in ("wq", "wk")}, "width 48"),
     ({name: torch.zeros(1, 2, 5, 32).double() for name in "qkv"}, "dtype torch.float64"),
     (dict(v=torch.zeros(1, 2, 5, 32, device="meta")), "one device"),
+    (dict(kind="elu"), "unknown map 'elu': the kernels make hedgehog and hedgehog_exp"),
 ])
 def test_bad_input_is_told_before_a_kernel_starts(change, words):
     with pytest.raises(ValueError, match=words):
