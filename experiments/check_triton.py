@@ -14,6 +14,7 @@ import argparse
 import itertools
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,19 +24,26 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the top-level files are not an installed package
 from hedgehog import LinearAttention, divide, linear_attention  # noqa: E402
-from hedgehog_triton import fused_attention  # noqa: E402
+from hedgehog_triton import MAPS, fused_attention  # noqa: E402
 from train_gpt import provenance, save_json  # noqa: E402
 
 NAMES = ("y", "state", "dq", "dk", "dv", "dwq", "dwk", "dbq", "dbk", "dstate")
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def exact(q, k, v, wq, wk, bq, bk, state):
+def phi(x, w, b, kind, is_query=False):
+    if w is None:
+        return x
+    u = x @ w if b is None else x @ w + b[:, None]
+    if kind == "hedgehog":
+        return torch.cat((u.softmax(-1), (-u).softmax(-1)), -1)
+    u = torch.cat((u, -u), -1)
+    return (u - u.amax(-1, keepdim=True).detach()).exp() if is_query else u.clamp(-30, 30).exp()
+
+
+def exact(q, k, v, wq, wk, bq, bk, state, kind):
     """The quadratic form in the dtype of its inputs."""
-    def phi(x, w, b):
-        u = x if w is None else x @ w if b is None else x @ w + b[:, None]
-        return x if w is None else torch.cat((u.softmax(-1), (-u).softmax(-1)), -1)
-    q, k = phi(q, wq, bq), phi(k, wk, bk)
+    q, k = phi(q, wq, bq, kind, is_query=True), phi(k, wk, bk, kind)
     if q.shape[2] > 4096:  # (T, T) weights do not fit: chunks, in float64
         return linear_attention(q, k, v, "chunked", state=state, return_state=True)
     v1 = torch.cat((v, torch.ones_like(v[..., :1])), -1)
@@ -45,19 +53,20 @@ def exact(q, k, v, wq, wk, bq, bk, state):
     return divide(y[..., :-1], y[..., -1:], 1e-30), S  # as in linear_attention: below it a row attends to nothing
 
 
-def fused(q, k, v, wq, wk, bq, bk, state):
+def fused(q, k, v, wq, wk, bq, bk, state, kind):
     """Without a state, as in training, none is asked for either: other kernels run."""
-    y = fused_attention(q, k, v, wq, wk, bq, bk, state, return_state=state is not None)
+    y = fused_attention(q, k, v, wq, wk, bq, bk, state, return_state=state is not None, kind=kind)
     return y if state is not None else (y, None)
 
 
-def values_and_gradients(function, inputs, cotangents):
-    """[y, state, gradients of all inputs], None where there is none."""
+def values_and_gradients(function, inputs, cotangents, kind, unit):
+    """[y, state, gradients of all inputs], None where there is none. `unit`: what a key's features are like, which the
+    given state and the gradient of the last must be like, too: beside e^30 they would not be seen."""
     inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    y, state = function(*inputs)
+    y, state = function(*inputs[:-1], None if inputs[-1] is None else unit * inputs[-1], kind)
     loss = (y.double() * cotangents[0]).sum()
     if inputs[-1] is not None:
-        loss = loss + (state.double() * cotangents[1]).sum()
+        loss = loss + (state.double() / unit * cotangents[1]).sum()
     grads = iter(torch.autograd.grad(loss, [x for x in inputs if x is not None]))
     state = state.detach() if inputs[-1] is not None else None
     return [y.detach(), state, *(None if x is None else next(grads) for x in inputs)]
@@ -69,7 +78,7 @@ def error(a, b, other=None):
     return ((a.double() - b).norm() / scale.clamp(min=1e-30)).item()
 
 
-def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, runs=2):
+def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, kind="hedgehog", runs=2):
     """One row: the shape and the worst error of every output against its bound. `full`: with biases and a state."""
     torch.manual_seed(B * H * T + D)
     make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.float64)  # noqa: E731
@@ -82,23 +91,26 @@ def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, runs=2):
         bq, bk = (0.3 * make(H, D) for _ in range(2)) if full else (None, None)
     else:
         q, k = q.abs(), k.abs()
+    unit = 1.0
     if full:
         state = make(B, H, P or 2 * D, D + 1).abs()
+        if kind == "hedgehog_exp":  # where one feature is all of a query, no denominator may be next to zero
+            unit, state = phi(k, wk, bk, kind).mean(), 1 + state
     inputs, cotangents = [q, k, v, wq, wk, bq, bk, state], (make(B, H, T, D), make(B, H, P or 2 * D, D + 1))
     rounded = [x if x is None or i == 7 else x.to(dtype).double() for i, x in enumerate(inputs)]
     given = cotangents[0].to(dtype).double(), cotangents[1]
-    reference = values_and_gradients(exact, rounded, given)
+    reference = values_and_gradients(exact, rounded, given, kind, unit)
     mixed = [None if x is None else x.to(dtype if i < 3 else torch.float32) for i, x in enumerate(rounded)]
     results = []
     for _ in range(runs):
         # The memory that outputs are likely to land in holds NaN, so that an element left out is seen.
         poison = [torch.full((B * H * T * D * 2 + 1024,), torch.nan, device="cuda") for _ in range(3)]
         del poison
-        results.append(values_and_gradients(fused, mixed, given))
+        results.append(values_and_gradients(fused, mixed, given, kind, unit))
     if dtype == fp32:
         bounds = [1e-4] * len(NAMES)
     else:
-        unrounded = values_and_gradients(exact, inputs, cotangents)
+        unrounded = values_and_gradients(exact, inputs, cotangents, kind, unit)
         written = lambda n, a: a.to(dtype) if n in ("y", "dq", "dk", "dv") else a  # noqa: E731
         bounds = []
         for n, a, b in zip(NAMES, reference, unrounded):
@@ -111,25 +123,29 @@ def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, runs=2):
     identical = all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again) if a is not None)
     worst = max(ratios, key=ratios.get)
     finite = all(a.isfinite().all().item() for a in results[0] if a is not None)
-    return dict(case=f"B={B} H={H} T={T} D={D} P={P} {str(dtype)[6:]}" + ", biases and state" * full
-                + f", magnitude {magnitude:g}" * (magnitude != 1), runs=runs, worst=worst, of_bound=ratios,
-                errors=errors, identical=identical, ok=finite and identical and ratios[worst] <= 1)
+    return dict(case=f"B={B} H={H} T={T} D={D} P={P} {str(dtype)[6:]}" + f", {kind}" * (kind != "hedgehog")
+                + ", biases and state" * full + f", magnitude {magnitude:g}" * (magnitude != 1), runs=runs,
+                worst=worst, of_bound=ratios, errors=errors, identical=identical,
+                ok=finite and identical and ratios[worst] <= 1)
 
 
 def small_cases():
-    maps = itertools.product((32, 64), (bf16, fp32), (False, True))
-    return [(1, 2, 70, D, dtype, None, 1.0, full) for D, dtype, full in maps] + [(1, 2, 70, 64, bf16, 128)]
+    maps = itertools.product((32, 64), (bf16, fp32), (False, True), MAPS)
+    return [(1, 2, 70, D, dtype, None, 1.0, full, kind) for D, dtype, full, kind in maps] + [(1, 2, 70, 64, bf16, 128)]
 
 
 def cases():
     """Lists of cases that compile the same kernels."""
     lengths = (1, 15, 16, 17, 63, 64, 65, 127, 1000, 1024, 4096, 32768)
-    for dtype, D, full in itertools.product((bf16, fp32, fp16), (64, 128, 32), (False, True)):
+    for dtype, D, full, kind in itertools.product((bf16, fp32, fp16), (64, 128, 32), (False, True), MAPS):
         few = (17, 200, 1000) if dtype == fp16 else lengths
-        rows = [(1, 2, T, D, dtype, None, 1.0, full) for T in few] + [(1, 2, 200, D, dtype, None, 100.0, full)]
+        # At T = 1 more sequences: a query that is nearly one feature has next to no gradient, but roundings like all.
+        rows = [(1 if T > 1 else 16, 2, T, D, dtype, None, 1.0, full, kind) for T in few]
+        # Nearly all features as large or as small as they can be; of the exponential map, at 10, also only a few.
+        rows += [(1, 2, 200, D, dtype, None, x, full, kind) for x in ((100.0, 10.0) if "exp" in kind else (100.0,))]
         if D == 64:
-            rows += [(B, H, 200, D, dtype, None, 1.0, full) for B, H in ((1, 1), (3, 5), (8, 12), (32, 12))]
-            rows += [(2, 4, 2000, D, dtype, None, 1.0, full, 10)]
+            rows += [(B, H, 200, D, dtype, None, 1.0, full, kind) for B, H in ((1, 1), (3, 5), (8, 12), (32, 12))]
+            rows += [(2, 4, 2000, D, dtype, None, 1.0, full, kind, 10)]
         yield rows
     for dtype, P in itertools.product((bf16, fp32), (32, 64, 128, 256)):
         yield [(2, 3, T, 64, dtype, P, 1.0, full) for T in (65, 333) for full in (False, True)]
@@ -157,22 +173,22 @@ def same(case, pairs, bound=0.0):
     return dict(case=case, ok=errors[worst] <= bound, worst=worst, errors=errors, bound=bound)
 
 
-def split_and_resume():
+def split_and_resume(kind="hedgehog"):
     """Two calls that hand over a state, against one."""
     torch.manual_seed(0)
-    layer = LinearAttention(12, 64).cuda()
+    layer = LinearAttention(12, 64, kind).cuda()
     q, k, v = torch.randn(3, 2, 12, 1000, 64, device="cuda", dtype=bf16)
     with torch.no_grad():
         y, end = layer(q, k, v, "auto", return_state=True)
         y1, state = layer(*(x[:, :, :333] for x in (q, k, v)), "auto", return_state=True)
         y2, state = layer(*(x[:, :, 333:] for x in (q, k, v)), "auto", state=state, return_state=True)
-    return same("split at 333 of 1,000", [("y", torch.cat((y1, y2), 2), y), ("state", state, end)], 4e-3)
+    return same(f"split at 333 of 1,000, {kind}", [("y", torch.cat((y1, y2), 2), y), ("state", state, end)], 4e-3)
 
 
-def compiled():
+def compiled(kind="hedgehog"):
     """torch.compile in one graph, under autocast, against eager; and without gradients."""
     torch.manual_seed(0)
-    layer = LinearAttention(4, 64).cuda()
+    layer = LinearAttention(4, 64, kind).cuda()
     x = torch.randn(2, 4, 200, 64, device="cuda")
 
     def run(function):
@@ -184,7 +200,7 @@ def compiled():
     with torch.no_grad():
         y = whole(*[x.to(bf16)] * 3, "auto")
     pairs = [*zip(("y", "dq", "dwq", "dwk"), run(whole), run(layer)), ("y without gradients", y, run(layer)[0])]
-    return same("torch.compile(fullgraph=True), autocast", pairs)
+    return same(f"torch.compile(fullgraph=True), autocast, {kind}", pairs)
 
 
 def past_2_to_31_elements(B=32768 + 2, H=16, T=64, D=64):
@@ -228,11 +244,12 @@ if __name__ == "__main__":
         groups = list(cases())
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
             rows = [row for group in tqdm(pool.map(check_all, groups), total=len(groups)) for row in group]
-        for special in (split_and_resume, compiled, past_2_to_31_elements, past_2_to_31_in_time):
+        of_each = [partial(special, kind) for special in (split_and_resume, compiled) for kind in MAPS]
+        for special in (*of_each, past_2_to_31_elements, past_2_to_31_in_time):
             try:
                 rows.append(special())
             except Exception as e:
-                rows.append(dict(case=special.__name__, ok=False, worst=f"{type(e).__name__}: {str(e)[:300]}"))
+                rows.append(dict(case=str(special), ok=False, worst=f"{type(e).__name__}: {str(e)[:300]}"))
             torch.cuda.empty_cache()
         about = provenance(torch.device("cuda"))
         options.out.parent.mkdir(parents=True, exist_ok=True)
