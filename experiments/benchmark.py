@@ -295,11 +295,12 @@ def measure_training(T, args, common):
     device, n_layer, vocab = args.device, args.train_layers, args.train_vocabulary
     idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
     steps, rows, models = {}, [], []
-    for name in args.train_forms:
-        attention = "softmax" if name == "softmax" else "hedgehog"
+    attentions = {"softmax": ["softmax"]}
+    for form, attention in [(f, a) for f in args.train_forms for a in attentions.get(f, args.train_attention)]:
+        name = form if attention in ("softmax", "hedgehog") else f"{form}, {attention}"
         model = GPT(GPTConfig(T, vocab, n_layer, args.heads, args.heads * args.dim, attention=attention, chunk_size=128,
                               segment_size=0)).to(device)
-        if name == "chunked":
+        if form == "chunked":
             for block in model.transformer.h:
                 block.attn.linear.forward = functools.partial(block.attn.linear.forward, form="chunked")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -409,6 +410,8 @@ def parse(argv):
     add("--decode-batch", type=int, nargs="+", help="default: 1, on CUDA 1 and 64")
     add("--train", type=int, nargs="*", help="lengths at which a GPT is trained (default: 1024 4096 16384 on CUDA)")
     add("--train-forms", nargs="+", default=("softmax", "fused"), choices=("softmax", "fused", "chunked"))
+    add("--train-attention", nargs="+", default=("hedgehog",), choices=("hedgehog", "hedgehog_exp"),
+        help="maps of the forms but softmax, each a model")
     add("--train-layers", type=int, default=12)
     add("--train-vocabulary", type=int, default=50304, help="GPT-2's 50257 on a multiple of 64 (default: %(default)s)")
     add("--train-steps", type=int, default=15, help="turns of every model")

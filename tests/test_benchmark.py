@@ -100,12 +100,15 @@ def test_rows_of_other_lengths_and_passes_are_kept(tmp_path):
     assert json.loads(out.read_text())[:len(second)] == second
 
 
-def test_training_is_measured_beside_softmax(tmp_path, capsys):
-    out = tmp_path / "rows.json"
+def test_training_is_measured_beside_softmax(tmp_path, capsys, monkeypatch):
+    out, trained = tmp_path / "rows.json", []
+    monkeypatch.setattr(benchmark, "GPT", lambda c, make=benchmark.GPT: trained.append(c.attention) or make(c))
     benchmark.main(["--T", "--decode", "--train", "16", "--train-layers", "1", "--train-steps", "1", "--warmup", "1",
                     "--heads", "1", "--dim", "8", "--tokens", "16", "--train-forms", "softmax", "chunked",
-                    "--out", str(out)])
+                    "--train-attention", "hedgehog", "hedgehog_exp", "--out", str(out)])
     rows = {row["form"]: row for row in json.loads(out.read_text())}
-    assert rows.keys() == {"gpt, softmax", "gpt, chunked"}
+    assert list(rows) == ["gpt, softmax", "gpt, chunked", "gpt, chunked, hedgehog_exp"]
+    assert trained == ["softmax", "hedgehog", "hedgehog_exp"]
     assert all(row["tokens_per_second"] > 0 and row["peak_mib"] > 0 and "mfu" in row for row in rows.values())
-    assert "training at T=16: gpt, chunked" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "training at T=16: gpt, chunked" in said and "training at T=16: gpt, chunked, hedgehog_exp" in said
