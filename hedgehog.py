@@ -256,6 +256,10 @@ def attention_weights(q, k, causal=True, eps=1e-30):
         return divide(a, a.sum(dim=-1, keepdim=True), eps)
 
 
+# Made inside the kernels. They can make hedgehog_exp, too: it comes in here once check_triton.py has passed on a GPU.
+FUSED_MAPS = ("hedgehog",)
+
+
 def fused_kernels(v, P, has_map):
     """The module hedgehog_triton if it lies beside this file and can run on such tensors, else None. Says why, once."""
     if not v.is_cuda:
@@ -311,7 +315,7 @@ class LinearAttention(nn.Module):
     Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
     segments is kept, and the backward pass recomputes the features of one segment at a time. That takes about the
     memory of softmax attention, for 35 to 60 % more time forward and backward. `segment_size=0` keeps everything
-    instead. The fused kernels ("auto" on a GPU) do without: of the two hedgehog maps they never write features.
+    instead. The fused kernels ("auto" on a GPU) do without: they never write the features of the hedgehog map.
     """
 
     def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, tie_qk=False, chunk_size=64, segment_size=256,
@@ -329,7 +333,7 @@ class LinearAttention(nn.Module):
             raise ValueError(f"expected q and k (B, {H}, T, {D}) and v (B, {H}, T, any), got {tuple(q.shape)}, "
                              f"{tuple(k.shape)} and {tuple(v.shape)}")
         kernels, kind = None, self.map_q.kind
-        has_map = kind == self.map_k.kind and kind in ("hedgehog", "hedgehog_exp")        # that the kernels make
+        has_map = kind == self.map_k.kind and kind in FUSED_MAPS
         if form == "auto" and q.dtype == k.dtype == v.dtype:
             kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map)
         if kernels and has_map:
