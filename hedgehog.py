@@ -54,9 +54,11 @@ class FeatureMap(nn.Module):
     cosformer      [relu(x) cos a, relu(x) sin a], a = pi t / 2M      2D          Qin et al. 2022; M = max_len
     taylor         [1, x, (x outer x) / sqrt 2]: 1 + s + s^2 / 2      1 + D + D^2 Keles et al. 2023
 
-    `weight` is (H, D, D), `scale` (1) times the identity at the start, `bias` (H, D), zero at the start. performer and
-    taylor estimate exp(q.k / sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is. Features are float32
-    at least, also under autocast: they span too many orders of magnitude for less.
+    `weight` is (H, D, D), `scale` (1) times the identity at the start, `bias` (H, D), zero at the start. Near x = 0 the
+    logarithm of both hedgehog maps' phi(q).phi(k) has the term scale^2 q.k / D, softmax's weight q.k / sqrt(D): at
+    scale = D^(1/4) training starts with attention as peaked as softmax's. performer and taylor estimate exp(q.k /
+    sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is. Features are float32 at least, also under
+    autocast: they span too many orders of magnitude for less.
     learn_temperature, not in the paper: W = weight exp(log_temperature), one number a head and map, 0 at the start. The
     same functions, but how peaked they are has a parameter of its own, which weight decay does not touch.
     flash-linear-attention differs: one joint softmax of [2xW, -2xW] and one W for all heads.

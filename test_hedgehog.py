@@ -161,6 +161,16 @@ def test_the_config_reaches_the_maps():
         assert phi.weight[0, 0, 0] == 0.5 and phi.log_temperature.shape == (2,)
 
 
+@pytest.mark.parametrize("kind", ["hedgehog", "hedgehog_exp"])
+def test_at_the_fourth_root_of_its_width_a_map_starts_as_peaked_as_softmax(kind):
+    D = 16
+    phi, zero = FeatureMap(1, D, kind, scale=D ** 0.25).double(), torch.zeros(1, 1, 1, D, dtype=torch.float64)
+    weight = lambda q, k: (phi(q, is_query=True) * phi(k)).sum().log()  # noqa: E731
+    mixed = torch.autograd.functional.hessian(weight, (zero, zero))[0][1].view(D, D)      # d^2 / dq dk
+    centred = torch.eye(D, dtype=torch.float64) - (1 / D if kind == "hedgehog" else 0)    # q less its mean: its softmax
+    assert_close(mixed, centred / math.sqrt(D))
+
+
 def test_taylors_kernel_is_the_second_order_expansion_of_softmaxs():
     phi, (q, k, _) = FeatureMap(2, 4, "taylor"), normal(9)
     s = q @ k.mT / math.sqrt(4)
