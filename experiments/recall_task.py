@@ -21,6 +21,8 @@ from train_gpt import TrainConfig, learning_rate, make_optimizer, pick_device
 KINDS = ("softmax", "hedgehog", "hedgehog_exp", "taylor", "t2r", "elu", "relu", "performer", "cosformer")
 VARIANTS = {kind: dict(attention=kind) for kind in KINDS}
 VARIANTS |= {f"exp t={t}": dict(attention="exp", temperature=float(t)) for t in (1, 2)}
+# W starts at D^(1/4), D = 64, where the first attention is as peaked as softmax's (hedgehog.FeatureMap says why).
+VARIANTS |= {f"{kind} W=2.8": dict(attention=kind, map_scale=64 ** 0.25) for kind in ("hedgehog", "hedgehog_exp")}
 RESULTS = ("guess", "accuracy", "swapped", "distilled", "converted")
 NUMBERS = (*RESULTS, "loss", "kl", "seconds")  # of which a row of means has the means
 
