@@ -137,7 +137,6 @@ def test_the_gradient_of_the_state_may_be_in_any_layout():
 @pytest.fixture
 def called(monkeypatch):
     """The arguments of each call of the kernels by hedgehog.py, which takes them as on a GPU."""
-    import hedgehog
     calls, f = [], hedgehog_triton.fused_attention
     monkeypatch.setattr(hedgehog_triton, "fused_attention", lambda *x, **o: calls.append((x, o)) or f(*x, **o))
     monkeypatch.setattr(hedgehog, "fused_kernels", lambda v, P, has_map: hedgehog_triton)
