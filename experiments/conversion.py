@@ -97,7 +97,8 @@ def draw(path):
         below.plot(range(len(row["kl"])), row["kl"], "o-", label=f"{kind}, {stage}", color=colors[kind])
     below.set(xlabel="layer", ylabel="KL from softmax (nats)")
     below.set_xticks(range(max((len(row["kl"]) for row in drawn.values()), default=1)))
-    below.legend(loc="upper right", bbox_to_anchor=(-0.12, 1.05))
+    if drawn:
+        below.legend(loc="upper right", bbox_to_anchor=(-0.12, 1.05))
     plain = [row for row in best.values() if row["attention"] != "softmax" and not variant_of(row, rows)]
     save(fig, path.with_suffix(".png"), "Times the finetuned softmax: " + ", ".join(
         f"{row['attention']} {row['ratio']:.3f}" for row in plain[:3]) if plain else "The teacher alone")
