@@ -54,6 +54,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hedgehog import safe_exp
+
 CHUNKS_PER_PROGRAM = 8           # of the gradient kernels
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of the walking kernels: what their registers allow
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -794,6 +796,5 @@ def phi(x, w, b, kind="hedgehog", is_query=False):
     u = x.to(w.dtype) @ w
     u = u if b is None else u + b.unsqueeze(-2)
     if kind == "hedgehog_exp":
-        u = torch.cat((u, -u), dim=-1)
-        return (u - u.amax(dim=-1, keepdim=True).detach()).exp() if is_query else u.clamp(-30, 30).exp()
+        return safe_exp(torch.cat((u, -u), dim=-1), is_query)
     return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)

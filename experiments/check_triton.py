@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the top-level files are not an installed package
-from hedgehog import LinearAttention, divide, linear_attention  # noqa: E402
+from hedgehog import LinearAttention, divide, linear_attention, safe_exp  # noqa: E402
 from hedgehog_triton import MAPS, fused_attention  # noqa: E402
 from train_gpt import provenance, save_json  # noqa: E402
 
@@ -37,8 +37,7 @@ def phi(x, w, b, kind, is_query=False):
     u = x @ w if b is None else x @ w + b[:, None]
     if kind == "hedgehog":
         return torch.cat((u.softmax(-1), (-u).softmax(-1)), -1)
-    u = torch.cat((u, -u), -1)
-    return (u - u.amax(-1, keepdim=True).detach()).exp() if is_query else u.clamp(-30, 30).exp()
+    return safe_exp(torch.cat((u, -u), -1), is_query)
 
 
 def exact(q, k, v, wq, wk, bq, bk, state, kind):
