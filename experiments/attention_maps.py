@@ -18,8 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from attention_properties import PropertiesConfig
-from common import draw_if_possible, figure, read, save, student, teacher_and_text, weights
+from common import draw_if_possible, figure, read, save, student, students_parser, teacher_and_text, weights
 
 from data.prepare import load_tokenizer
 from convert_gpt2 import faithfulness
@@ -97,22 +96,20 @@ def draw(path):
 
 
 def main(args):
-    config = PropertiesConfig(teacher=args.checkpoint, data=args.data, maps=args.maps, device=args.device,
-                              distill_steps=args.distill_steps, distill_lr=args.distill_lr, compile=args.compile)
-    teacher, data, device = teacher_and_text(config)
+    teacher, data, device = teacher_and_text(args)
     T, tokenizer = teacher.config.block_size, load_tokenizer(data["meta"]["tokenizer"])
     short = args.short or T // 4
     other = np.array(tokenizer.encode(Path(args.other).read_text(encoding="utf-8")))
     texts = {"training": data["train"], "held out": data["valid"], "other": other}
     maps = {} if args.contexts_only else MAPS
-    models = {name: student(teacher, data, config, device, **options) for name, options in maps.items()}
+    models = {name: student(teacher, data, args, device, **options) for name, options in maps.items()}
     rows = []
     for name, model in models.items():
         rows += measure(name, model, texts, T, T if "after" in name else None, device)
     contexts = [short * 2 ** i for i in range(20) if short * 2 ** i <= T]
     for name in ("hedgehog after", "hedgehog_exp after", "t2r after", "elu"):
         options = MAPS[name] | dict(name=f"{MAPS[name]['attention']}-{short}", distill_batch_size=max(1, 2048 // short))
-        model = student(teacher, data, config, device, block_size=short, **options)
+        model = student(teacher, data, args, device, block_size=short, **options)
         for context in contexts:
             rows += measure(name, model, {"held out": data["valid"]}, context, short if "after" in name else None,
                             device)
@@ -127,21 +124,12 @@ def main(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = students_parser(__doc__, "runs/convert-tiny", 1e-2, "experiments/results/attention_maps.json")
     add = parser.add_argument
-    add("checkpoint", nargs="?", default="", help="softmax run of train_gpt.py; runs/tiny-softmax if it is left out")
     add("--text", default=TEXT, help="what is read for the pictures")
-    add("--data", default="", help="folder made by data/prepare.py; default: data/pydoc, made on the fly")
     add("--other", default=argparse.__file__, help="a text of another kind: Python code by default")
-    add("--maps", default="runs/convert-tiny", help="distilled maps are read from here, or made and kept here")
-    add("--distill-steps", type=int, default=400, help="optimizer steps of a distillation")
-    add("--distill-lr", type=float, default=1e-2, help="its peak learning rate")
-    add("--compile", action="store_true", help="torch.compile its loss: for long contexts on a GPU")
     add("--short", type=int, default=0, help="length to distil at for longer contexts; 0: a quarter of the teacher's")
     add("--contexts-only", action="store_true", help="leave out the pictures and the table at the teacher's own length")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    add("--out", default="experiments/results/attention_maps.json", help="the table; the picture goes beside it")
     return parser.parse_args(argv)
 
 

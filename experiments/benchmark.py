@@ -295,8 +295,9 @@ def measure_training(T, args, common):
     device, n_layer, vocab = args.device, args.train_layers, args.train_vocabulary
     idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
     steps, rows, models = {}, [], []
-    attentions = {"softmax": ["softmax"]}
-    for form, attention in [(f, a) for f in args.train_forms for a in attentions.get(f, args.train_attention)]:
+    pairs = [(form, attention) for form in args.train_forms
+             for attention in (args.train_attention if form != "softmax" else ["softmax"])]
+    for form, attention in pairs:
         name = form if attention in ("softmax", "hedgehog") else f"{form}, {attention}"
         model = GPT(GPTConfig(T, vocab, n_layer, args.heads, args.heads * args.dim, attention=attention, chunk_size=128,
                               segment_size=0)).to(device)

@@ -3,6 +3,7 @@
 Import this module before those of the root folder, which it puts on the path: they are no installed package.
 """
 
+import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -75,7 +76,26 @@ def draw_if_possible(draw, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A softmax model, its linear students, and what they attend to; `config` is attention_properties.PropertiesConfig
+# A softmax model, its linear students, and what they attend to; `config` is what `students_parser` reads, or
+# attention_properties.PropertiesConfig
+
+
+def students_parser(doc, maps, distill_lr, out):
+    """The flags that `teacher_and_text` and `student` need; `doc` is the script's, the others are its defaults."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(seed=0)
+    add = parser.add_argument
+    add("teacher", nargs="?", default="", metavar="CHECKPOINT",
+        help="softmax run of train_gpt.py; runs/tiny-softmax if it is left out")
+    add("--data", default="", help="folder made by data/prepare.py; default: data/pydoc, made on the fly")
+    add("--maps", default=maps, help="distilled maps are read from here, or made and kept here")
+    add("--distill-steps", type=int, default=400, help="optimizer steps of a distillation")
+    add("--distill-lr", type=float, default=distill_lr, help="its peak learning rate")
+    add("--compile", action="store_true", help="torch.compile its loss: for long contexts on a GPU")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
+    add("--out", default=out, help="the results; the figure goes beside it")
+    return parser
 
 
 def teacher_and_text(config):

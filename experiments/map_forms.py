@@ -8,15 +8,13 @@ ratio of their two sums does, and so does any factor of a key. Here each may be 
 divergence from softmax's weights, in nats, on held-out text, by layer.
 """
 
-import argparse
 import json
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-from attention_properties import PropertiesConfig
-from common import COLORS, draw_if_possible, figure, save, student, teacher_and_text
+from common import COLORS, draw_if_possible, figure, save, student, students_parser, teacher_and_text
 from tqdm import tqdm
 
 from convert_gpt2 import faithfulness
@@ -50,12 +48,10 @@ def draw(path):
 
 
 def main(args):
-    config = PropertiesConfig(teacher=args.teacher, data=args.data, maps=args.maps, device=args.device,
-                              distill_steps=args.distill_steps, distill_lr=args.distill_lr)
-    teacher, data, device = teacher_and_text(config)
+    teacher, data, device = teacher_and_text(args)
     held_out, rows = SimpleNamespace(block_size=teacher.config.block_size, batch_size=8), []
     for q, k in tqdm(tuple(product(FORMS, repeat=2)), unit="pair", disable=None):
-        model = student(teacher, data, config, device, change=use(q, k), attention="hedgehog", name=f"q-{q}-k-{k}")
+        model = student(teacher, data, args, device, change=use(q, k), attention="hedgehog", name=f"q-{q}-k-{k}")
         kl = faithfulness(model, data["valid"], held_out, device, nullcontext())["kl"]
         rows.append(dict(q=q, k=k, kl=kl, mean=sum(kl) / len(kl)))
         tqdm.write(f"q {q:6}  k {k:6}  KL {rows[-1]['mean']:.3f}, by layer " + " ".join(f"{x:.3f}" for x in kl))
@@ -65,17 +61,7 @@ def main(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("teacher", nargs="?", default="", help="softmax run of train_gpt.py; runs/tiny-softmax if it is left out")
-    add("--data", default="", help="folder made by data/prepare.py; default: data/pydoc, made on the fly")
-    add("--maps", default="runs/map-forms", help="distilled maps are read from here, or made and kept here")
-    add("--distill-steps", type=int, default=400, help="optimizer steps of a distillation")
-    add("--distill-lr", type=float, default=3e-2, help="its peak learning rate")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    add("--out", default="experiments/results/map_forms.json", help="the results; the figure goes beside it")
-    return parser.parse_args(argv)
+    return students_parser(__doc__, "runs/map-forms", 3e-2, "experiments/results/map_forms.json").parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def perplexities(path):
     trained = "" if several else f" after {rows[0]['tokens'] / 1e6:.0f}M tokens of {rows[0]['data']}"
     bars(ax, list(names.values()), [row["test_ppl"] for row in rows], f"test perplexity{trained}",
          colors=[color(row["attention"]) for row in rows])
-    pairs = [(row, softmax_beside(row, rows, plain=True)) for row in rows if row["attention"] != "softmax"]
-    ratios = [f"{row['name']} {row['test_ppl'] / softmax['test_ppl']:.3f}" for row, softmax in pairs if softmax]
+    linear = [(row["name"], ratio(row, rows, plain=True)) for row in rows if row["attention"] != "softmax"]
+    ratios = [f"{name} {x:.3f}" for name, x in linear if x]
     title = "x softmax: " + ", ".join(ratios[:3])
     save(fig, path.with_name("perplexity.png"), title if ratios else
          f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
