@@ -258,8 +258,7 @@ def attention_weights(q, k, causal=True, eps=1e-30):
         return divide(a, a.sum(dim=-1, keepdim=True), eps)
 
 
-# Made inside the kernels. They can make hedgehog_exp, too: it comes in here once check_triton.py has passed on a GPU.
-FUSED_MAPS = ("hedgehog",)
+FUSED_MAPS = ("hedgehog", "hedgehog_exp")  # made inside the kernels
 
 
 def fused_kernels(v, P, has_map):
