@@ -28,9 +28,7 @@ written in the type of the products, which is what they are used in.
 
 Maps: `hedgehog`, two softmaxes, or `hedgehog_exp`, the exponentials of hedgehog.py's safe_exp: of a query u less its
 largest |u|, a factor that cancels; of a key u within -30 and 30, and beyond no gradient. So denominators are at least
-e^-30, and nothing overflows. The exponential map is checked in Triton's interpreter and compiled for sm_90 (D = 64 in
-bfloat16: 6 to 19 % fewer instructions a kernel than the other map, spills the same to within 12 bytes a thread), but
-not yet run on a GPU, so hedgehog.py leaves it aside (FUSED_MAPS there).
+e^-30, and nothing overflows.
 
 Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/results/triton-ncu.json): what must be read and written once
 takes, at 3 TB/s, 27 % of the time of forward, 68 % of states, 46 % of grad_kv and 59 % of grad_q; their sum is 49 % of

@@ -145,8 +145,7 @@ def called(monkeypatch):
 
 @pytest.mark.parametrize("kind", hedgehog_triton.MAPS)
 @pytest.mark.parametrize("options", [dict(bias=True), dict(tie_qk=True, learn_temperature=True)])
-def test_the_layer_calls_the_kernels_where_it_may(kind, options, called, monkeypatch):
-    monkeypatch.setattr(hedgehog, "FUSED_MAPS", hedgehog_triton.MAPS)
+def test_the_layer_calls_the_kernels_where_it_may(kind, options, called):
     torch.manual_seed(0)
     layer = LinearAttention(2, 32, kind, **options)
     for p in layer.parameters():
@@ -161,8 +160,7 @@ def test_the_layer_calls_the_kernels_where_it_may(kind, options, called, monkeyp
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_maps_of_two_kinds_are_not_made_in_the_kernels(called, monkeypatch):
-    monkeypatch.setattr(hedgehog, "FUSED_MAPS", hedgehog_triton.MAPS)
+def test_maps_of_two_kinds_are_not_made_in_the_kernels(called):
     layer = LinearAttention(2, 32)
     layer.map_k.kind = "hedgehog_exp"
     q, k, v = torch.randn(3, 1, 2, 20, 32)
