@@ -48,11 +48,16 @@ denominator as 16 or 32 extra columns of a tensor-core product (came out wrong o
 not known).
 """
 
+import inspect
+
 import torch
 import triton
 import triton.language as tl
 
 from hedgehog import safe_exp
+
+if "disable_licm" not in inspect.signature(tl.range.__init__).parameters:
+    raise ImportError(f"Triton {triton.__version__} is too old for hedgehog_triton.py, which needs 3.5: upgrade PyTorch")
 
 CHUNKS_PER_PROGRAM = 8           # of the gradient kernels
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of the walking kernels: what their registers allow
@@ -76,10 +81,13 @@ def store_tile(ptr, start, rows, stride, cols, n, x):
     tl.store(at, x.to(ptr.dtype.element_ty), mask=rows[:, None] < n)
 
 
+ASSEMBLY = tl.constexpr(isinstance(store_tile, triton.JITFunction))  # there is none in the interpreter
+
+
 @triton.jit
-def prefetch(ptr, start, rows, stride, width: tl.constexpr, T, PREFETCH: tl.constexpr):
+def prefetch(ptr, start, rows, stride, width: tl.constexpr, T):
     """Ask for rows of a matrix to be brought into the L2 cache, where a later load waits less; holds no register."""
-    if PREFETCH:
+    if ASSEMBLY:
         first = tl.minimum(tl.maximum(start, 0), T - 1)
         last = tl.minimum(T - 1 - first, rows.shape[0]).to(tl.int32)
         at = ptr + first * stride + tl.minimum(rows, last) * stride
@@ -111,6 +119,22 @@ def load_map(w, b, h, cols, MAP: tl.constexpr, BIAS: tl.constexpr, dtype: tl.con
     if BIAS:
         bias = tl.load(b + h * HP + cols).to(tl.float32)
     return W, bias
+
+
+@triton.jit
+def widen(x):
+    """x in float32; bfloat16 by shifts of pairs, since the compiler would round the number again that x was made from,
+    and so keep that in registers, too."""
+    if ASSEMBLY and x.dtype == tl.bfloat16:
+        x = tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x],
+                                      dtype=tl.float32, is_pure=True, pack=2)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def nothing(n):
+    """Zero, for n >= 0, without the compiler's knowing: where half of a pair is a constant, it rounds one by one."""
+    return tl.minimum(n, 0).to(tl.float32)
 
 
 @triton.jit
@@ -162,7 +186,7 @@ def features(raw, x, start, rows, stride, cols, w, b, n, scale, QUERY: tl.conste
 @triton.jit
 def half_gradient(p, g, MAP: tl.constexpr):
     """d loss / d u of p = softmax(u) or p = exp(u), of which g is the gradient."""
-    p = p.to(tl.float32)
+    p = widen(p)
     if MAP == "hedgehog":
         g -= tl.sum(p * g, axis=1)[:, None]
     return p * g
@@ -173,6 +197,21 @@ def below_bound(p, m):
     """The halves of keys, both zero where one is at its bound e^30: from there on u has no gradient."""
     inside = tl.maximum(p, m).to(tl.float32) < 1.0686e13  # e^30, 1.06865e13, is 1.0720e13 in bfloat16
     return tl.where(inside, p, 0.0), tl.where(inside, m, 0.0)
+
+
+@triton.jit
+def column_sums(x, factors, dtype: tl.constexpr, PREC: tl.constexpr):
+    """The sums of the columns of a tile x in `dtype`, its rows times `factors` (float32) unless that is None.
+
+    By a product with a tile of 16 rows, the least that it takes: a reduction over warps needs more instructions."""
+    L: tl.constexpr = x.shape[0]
+    row = tl.arange(0, 16)[:, None]
+    if factors is None:
+        f = tl.full((16, L), 1 / 16, tl.float32).to(dtype)
+    else:  # in two parts, so that nothing of them is rounded away
+        high = factors.to(dtype).to(tl.float32)
+        f = tl.where(row == 0, high[None, :], tl.where(row == 1, (factors - high)[None, :], 0.0)).to(dtype)
+    return tl.sum(tl.dot(f, x, input_precision=PREC), axis=0)
 
 
 # States: (P, DV + 1) in float32 from and to PyTorch, the last column the denominator's.
@@ -226,15 +265,17 @@ def load_chunk_z(z, before, program, seg, half, rows, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def feature_gradient(g, dA, other, y, start, rows, stride, n, states, before, program, seg, half, cols,
+def feature_gradient(g, dA, other, values, state, y, start, rows, stride, n, states, before, program, seg, half, cols,
                      DV: tl.constexpr, BV: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr,
                      PREC: tl.constexpr):
-    """One half of dphi_k: g + dA^T phi_q + v R^T, with y = v, other = that half of phi_q and states = R."""
+    """One half of dphi_k: g + dA^T phi_q + v R^T, with y = v, other = that half of phi_q and states = R. Where all columns
+    are one block, v and R are at hand: values and state."""
     g = tl.dot(dA, other, g, input_precision=PREC)
     for j in tl.static_range(DV // BV):
         c = j * BV + tl.arange(0, BV)
-        values = load_tile(y, start, rows, stride, c, n, dtype)
-        state = load_chunk_state(states, before, program, seg, half, cols, c, DV, SEGMENTS)
+        if DV > BV:
+            values = load_tile(y, start, rows, stride, c, n, dtype)
+            state = load_chunk_state(states, before, program, seg, half, cols, c, DV, SEGMENTS)
         g = tl.dot(values, tl.trans(state), g, input_precision=PREC)
     return g
 
@@ -267,7 +308,7 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     Sp, zp = load_state(s0, bh * n_seg + seg, 0, cols, vcols, DV + 1, HAS_S0)
     Sm, zm = load_state(s0, bh * n_seg + seg, 1, cols, vcols, DV + 1, HAS_S0)
-    for i in range(chunks_of_segment(seg, SEG, T, L)):
+    for i in tl.range(chunks_of_segment(seg, SEG, T, L), disable_licm=True):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
         n = tl.minimum(T - start, L).to(tl.int32)
@@ -276,20 +317,20 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
         x = load_tile(v, start, rows, vt, vcols, n, dtype)
         # q before k, float32 for as short as can be: registers are what there is least of
         qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, 1.0, True, MAP, BIAS, PREC)
-        d = tl.sum(qp * zp[None, :], axis=1) + tl.sum(qm * zm[None, :], axis=1)
+        d = tl.sum(qp * zp[None, :] + qm * zm[None, :], axis=1)
         qp, qm = qp.to(dtype), qm.to(dtype)
         inside = (rows < n).to(tl.float32)
         kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
-        zp += tl.sum(kp, axis=0)
-        zm += tl.sum(km, axis=0)
         kp, km = kp.to(dtype), km.to(dtype)
+        zp += column_sums(kp, None, dtype, PREC)
+        zm += column_sums(km, None, dtype, PREC)
         A = tl.dot(qp, tl.trans(kp), input_precision=PREC)
         A = tl.dot(qm, tl.trans(km), A, input_precision=PREC)
-        A = tl.where(causal, A, 0.0)
+        A = tl.where(causal, A, nothing(n))
         exact = d + tl.sum(A, axis=1)  # for the backward pass, which rounds weights that are already divided
         exact = tl.where(exact < eps, float("inf"), exact)  # such a row attends to nothing: zero, with zero gradient
         A = A.to(dtype)
-        d += tl.sum(A.to(tl.float32), axis=1)  # of the rounded weights, so that they sum to one
+        d += tl.sum(widen(A), axis=1)  # of the rounded weights, so that they sum to one
         y = tl.dot(qp, Sp.to(dtype), input_precision=PREC)
         y = tl.dot(qm, Sm.to(dtype), y, input_precision=PREC)
         y = tl.dot(A, x, y, input_precision=PREC)
@@ -309,7 +350,7 @@ def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
          xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
          HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
          BIAS: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
-         PREC: tl.constexpr, PREFETCH: tl.constexpr):
+         PREC: tl.constexpr):
     """Sums of phi(x)^T [y, 1] over a segment, or in the backward pass, from its last token to its first, of
     (phi(x) / den)^T [y, delta] with y = do: with CHUNKS the sum before each chunk, with TOTAL that of the segment."""
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
@@ -331,10 +372,10 @@ def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
         raw = load_tile(x, start, rows, xt, cols, n, dtype)
         scale = (rows < n).to(tl.float32)
         after = start + (-L if BACKWARD else L)
-        prefetch(x, after, rows, xt, HP, T, PREFETCH)
-        prefetch(y, after, rows, yt, DV, T, PREFETCH)
+        prefetch(x, after, rows, xt, HP, T)
+        prefetch(y, after, rows, yt, DV, T)
         if BACKWARD:
-            prefetch(o, after, rows, ot, DV, T, PREFETCH)
+            prefetch(o, after, rows, ot, DV, T)
             scale = load_reciprocal(den, bh * T + start, rows, n)
             delta = tl.zeros((L,), tl.float32)
             for j in tl.static_range(DV // BV):
@@ -346,14 +387,15 @@ def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
                     tl.store(deltas + bh * T + start + rows, delta, mask=rows < n)
         value = load_tile(y, start, rows, yt, vcols, n, dtype)
         p, m = features(raw, x, start, rows, xt, cols, W, B, n, scale[:, None], BACKWARD, MAP, BIAS, PREC)
+        p, m = p.to(dtype), m.to(dtype)
+        Sp = tl.dot(tl.trans(p), value, Sp, input_precision=PREC)
+        Sm = tl.dot(tl.trans(m), value, Sm, input_precision=PREC)
         if BACKWARD:
-            zp += tl.sum(p * delta[:, None], axis=0)
-            zm += tl.sum(m * delta[:, None], axis=0)
+            zp += column_sums(p, delta, dtype, PREC)
+            zm += column_sums(m, delta, dtype, PREC)
         else:
-            zp += tl.sum(p, axis=0)
-            zm += tl.sum(m, axis=0)
-        Sp = tl.dot(tl.trans(p.to(dtype)), value, Sp, input_precision=PREC)
-        Sm = tl.dot(tl.trans(m.to(dtype)), value, Sm, input_precision=PREC)
+            zp += column_sums(p, None, dtype, PREC)
+            zm += column_sums(m, None, dtype, PREC)
     if TOTAL:
         store_state(total, bh * n_seg + seg, 0, cols, vcols, DV + 1, Sp, zp, block == 0)
         store_state(total, bh * n_seg + seg, 1, cols, vcols, DV + 1, Sm, zm, block == 0)
@@ -364,16 +406,16 @@ def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, deltas, r, zr,
                   kb, kh, kt, vb, vh, vt, qb, qh, qt, yb, yh, yt, ob, oh, ot, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
                   BIAS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
-                  PREC: tl.constexpr, PREFETCH: tl.constexpr):
+                  PREC: tl.constexpr):
     """For the forward pass the total of each segment of k and v. For the backward pass the sums before each chunk, S_n
     and R_n, by independent programs of one launch: together they fill the GPU's last wave better than in turns."""
     bh, seg, block, n_seg = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     if BACKWARD and block < DV // BV:  # the longer walk first
         walk(q, do, wq, bq, o, den, deltas, r, zr, tr, seg, bh, block, n_seg, qb, qh, qt, yb, yh, yt, ob, oh, ot,
-             H, T, SEG, HP, DV, BV, L, MAP, BIAS, True, TOTAL, True, dtype, PREC, PREFETCH)
+             H, T, SEG, HP, DV, BV, L, MAP, BIAS, True, TOTAL, True, dtype, PREC)
     else:
         walk(k, v, wk, bk, o, den, deltas, s, zs, ts, seg, bh, block % (DV // BV), n_seg, kb, kh, kt, vb, vh, vt,
-             0, 0, 0, H, T, SEG, HP, DV, BV, L, MAP, BIAS, BACKWARD, TOTAL, False, dtype, PREC, PREFETCH)
+             0, 0, 0, H, T, SEG, HP, DV, BV, L, MAP, BIAS, BACKWARD, TOTAL, False, dtype, PREC)
 
 
 @triton.jit
@@ -405,8 +447,7 @@ def prefix_kernel(sums, first, last, states, z, n_seg, HP: tl.constexpr, DV: tl.
 def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw, db,
                   qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, H, T, SEG, WALK,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                  BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr,
-                  PREFETCH: tl.constexpr):
+                  BIAS: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
     bh, seg = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     q, k, v = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh
@@ -417,7 +458,7 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
     segment = bh * tl.cdiv(T, WALK) + seg.to(tl.int64) * SEG // WALK
-    for i in range(chunks_of_segment(seg, SEG, T, L)):
+    for i in tl.range(chunks_of_segment(seg, SEG, T, L), disable_licm=True):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
         n = tl.minimum(T - start, L).to(tl.int32)
@@ -428,13 +469,13 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw
         raw = load_tile(q, start, rows, qt, cols, n, dtype)
         delta = tl.load(deltas + start + rows, mask=rows < n, other=0.0)
         after = start + L
-        prefetch(q, after, rows, qt, HP, T, PREFETCH)
-        prefetch(k, after, rows, kt, HP, T, PREFETCH)
-        prefetch(v, after, rows, vt, DV, T, PREFETCH)
-        prefetch(do, after, rows, gt, DV, T, PREFETCH)
+        prefetch(q, after, rows, qt, HP, T)
+        prefetch(k, after, rows, kt, HP, T)
+        prefetch(v, after, rows, vt, DV, T)
+        prefetch(do, after, rows, gt, DV, T)
         if after < T:
-            prefetch(s + (program + 1) * 2 * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
-            prefetch(s + (program * 2 + 3) * HP * DV, 0, cols, DV, DV, HP, PREFETCH)
+            prefetch(s + (program + 1) * 2 * HP * DV, 0, cols, DV, DV, HP)
+            prefetch(s + (program * 2 + 3) * HP * DV, 0, cols, DV, DV, HP)
         inside = (rows < n).to(tl.float32)
         kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
@@ -451,7 +492,7 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw
             gp = tl.dot(dy, tl.trans(state), gp, input_precision=PREC)
             state = load_chunk_state(s, s0, program, segment, 1, cols, c, DV, SEGMENTS)
             gm = tl.dot(dy, tl.trans(state), gm, input_precision=PREC)
-        dA = tl.where(causal, dA, 0.0).to(dtype)
+        dA = tl.where(causal, dA, nothing(n)).to(dtype)
         r = load_reciprocal(den, start, rows, n)[:, None]
         gp = tl.dot(dA, kp, gp, input_precision=PREC)
         gm = tl.dot(dA, km, gm, input_precision=PREC)
@@ -486,7 +527,7 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
     WK, BK = load_map(wk, bk, h, cols, MAP, BIAS, dtype)
     dW, dB = tl.zeros((HP, HP), tl.float32), tl.zeros((HP,), tl.float32)
     segment = bh * tl.cdiv(T, WALK) + seg.to(tl.int64) * SEG // WALK
-    for i in range(chunks_of_segment(seg, SEG, T, L)):
+    for i in tl.range(chunks_of_segment(seg, SEG, T, L), disable_licm=True):
         chunk = seg.to(tl.int64) * (SEG // L) + i
         start = chunk * L
         n = tl.minimum(T - start, L).to(tl.int32)
@@ -504,7 +545,7 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
         x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
         A = tl.dot(kp, tl.trans(qp), input_precision=PREC)
         A = tl.dot(km, tl.trans(qm), A, input_precision=PREC)
-        A = tl.where(causal, A, 0.0).to(dtype)
+        A = tl.where(causal, A, nothing(n)).to(dtype)
         dA = tl.zeros((L, L), tl.float32) + tl.load(deltas + start + rows, mask=rows < n, other=0.0)[None, :]
         for j in tl.static_range(DV // BV):
             c = j * BV + tl.arange(0, BV)
@@ -512,25 +553,25 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
                 dy = load_tile(do, start, rows, gt, c, n, dtype)
                 x = load_tile(v, start, rows, vt, c, n, dtype)
             y = tl.dot(A, dy, input_precision=PREC)
-            state = load_chunk_state(r, r0, program, segment, 0, cols, c, DV, SEGMENTS)
-            y = tl.dot(kp, state, y, input_precision=PREC)
-            state = load_chunk_state(r, r0, program, segment, 1, cols, c, DV, SEGMENTS)
-            y = tl.dot(km, state, y, input_precision=PREC)
+            Rp = load_chunk_state(r, r0, program, segment, 0, cols, c, DV, SEGMENTS)
+            y = tl.dot(kp, Rp, y, input_precision=PREC)
+            Rm = load_chunk_state(r, r0, program, segment, 1, cols, c, DV, SEGMENTS)
+            y = tl.dot(km, Rm, y, input_precision=PREC)
             store_tile(dv, start, rows, yt, c, n, y)
             dA = tl.dot(x, tl.trans(dy), dA, input_precision=PREC)
-        dA = tl.where(causal, dA, 0.0).to(dtype)
+        dA = tl.where(causal, dA, nothing(n)).to(dtype)
         if MAP == "hedgehog_exp":
             kp, km = below_bound(kp, km)
         g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
-        g = feature_gradient(g, dA, qp, v, start, rows, vt, n, r, r0, program, segment, 0, cols, DV, BV, SEGMENTS,
-                             dtype, PREC)
+        g = feature_gradient(g, dA, qp, x, Rp, v, start, rows, vt, n, r, r0, program, segment, 0, cols, DV, BV,
+                             SEGMENTS, dtype, PREC)
         if MAP is not None:
             du = half_gradient(kp, g, MAP)
         else:
             store_tile(dk, start, rows, xt, cols, n, g)
         g = tl.zeros((L, HP), tl.float32) + load_chunk_z(z, z0, program, segment, 1, cols, SEGMENTS)[None, :]
-        g = feature_gradient(g, dA, qm, v, start, rows, vt, n, r, r0, program, segment, 1, cols, DV, BV, SEGMENTS,
-                             dtype, PREC)
+        g = feature_gradient(g, dA, qm, x, Rm, v, start, rows, vt, n, r, r0, program, segment, 1, cols, DV, BV,
+                             SEGMENTS, dtype, PREC)
         if MAP is not None:
             du -= half_gradient(km, g, MAP)
             if BIAS:
@@ -546,9 +587,6 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
-
-PREFETCH = isinstance(forward_kernel, triton.JITFunction)  # no inline assembly in the interpreter
-
 
 def segments(programs, T, L, device, slower, extra):
     """(tokens of a segment, how many): what takes the least time, in whole waves of programs on the GPU, if cut a chunk
@@ -602,7 +640,7 @@ def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: tor
         s0 = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
         states_kernel[(B * H, n_seg, n_blocks)](
             k, v, wk, bk, None, None, s0, *[None] * 10, *k.stride()[:3], *v.stride()[:3], *[0] * 9, H, T, seg,
-            TOTAL=True, BACKWARD=False, PREFETCH=PREFETCH, num_stages=1, **opt)
+            TOTAL=True, BACKWARD=False, num_stages=1, **opt)
         prefix(s0, state, None, None, None, opt, backward=False)
     num_stages = 2 if v.dtype == torch.bfloat16 and opt["HP"] <= 64 else 1  # elsewhere shared memory is full with one
     forward_kernel[(B * H, n_seg, n_blocks)](
@@ -663,7 +701,7 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     states_kernel[(B * H, n_seg, 2 * n_blocks)](
         k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, deltas, r, zr, tr, *k.stride()[:3], *v.stride()[:3],
         *q.stride()[:3], *do.stride()[:3], *o.stride()[:3], H, T, walk_tokens, TOTAL=total, BACKWARD=True,
-        PREFETCH=PREFETCH, num_stages=1, **opt)
+        num_stages=1, **opt)
     if total:
         exact = float32 if state is not None or ds1 is not None else held  # a given state is rounded once, not twice
         s0, r0 = q.new_empty(2, B * H, n_seg, 2 * HP, opt["DV"], dtype=exact)
@@ -674,7 +712,7 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
                          *dk.stride()[:3], *dv.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1,
                          **opt)
     grad_q_kernel[grid](q, k, v, wq, wk, bq, bk, s, zs, s0, zs0, do, den, deltas, dq, dwq, dbq, *strides,
-                        *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, PREFETCH=PREFETCH, num_stages=1,
+                        *dq.stride()[:3], H, T, seg, walk_tokens, SEGMENTS=total, num_stages=1,
                         **opt)
     empty = lambda: q.new_empty(0, dtype=float32)
     sums = [empty() if x is None else x.sum(dim=(0, 2)).to(w.dtype)

@@ -62,7 +62,10 @@ def make_forms(layer, device, peers=True):
                     "efficient": SDPBackend.EFFICIENT_ATTENTION}
         forms = {f"softmax, {name}": functools.partial(softmax, backend=b) for name, b in backends.items()}
         chunked = torch.compile(functools.partial(kept, form="chunked"), fullgraph=True, dynamic=False)
-        forms |= {"fused": functools.partial(layer, form="auto"), "chunked": chunked}
+        exponential = LinearAttention(layer.map_q.n_head, layer.map_q.head_dim, "hedgehog_exp").to(device)
+        exponential.map_q.weight, exponential.map_k.weight = layer.map_q.weight, layer.map_k.weight
+        forms |= {"fused": functools.partial(layer, form="auto"), "chunked": chunked,
+                  "fused, hedgehog_exp": functools.partial(exponential, form="auto")}
         return forms | (fla_kernels(layer) if peers else {})
     forms = {"softmax": softmax, "chunked": layer, "chunked, all kept": kept,
              "cumsum": functools.partial(layer, form="cumsum"), "quadratic": functools.partial(layer, form="quadratic")}
@@ -195,13 +198,16 @@ def check(forms, layer, B, H, T, D, dtype, device):
         B, T = 1, 128
     inputs, grad = random_inputs(B, H, T, D, dtype, device)
     weights, exact = list(layer.parameters()), [x.detach().double().requires_grad_() for x in inputs]
-    oracle = functools.partial(layer, form="quadratic" if device == "cpu" else "chunked")
-    expected = (oracle(*exact), *make_run(oracle, exact, weights, grad.double())())
+    expected = {}
     for name, form in forms.items():
         if "softmax" in name or hasattr(form, "takes_features"):
             continue
+        ours = form.func if "hedgehog_exp" in name else layer
+        if ours not in expected:
+            oracle = functools.partial(ours, form="quadratic" if device == "cpu" else "chunked")
+            expected[ours] = (oracle(*exact), *make_run(oracle, exact, weights, grad.double())())
         got = (form(*inputs), *make_run(form, inputs, weights, grad)())
-        for what, a, b in zip(("y", "dq", "dk", "dv", "dW of q", "dW of k"), got, expected, strict=True):
+        for what, a, b in zip(("y", "dq", "dk", "dv", "dW of q", "dW of k"), got, expected[ours], strict=True):
             error = ((a - b).norm() / b.norm()).item()
             if not error < (1e-4 if dtype == torch.float32 else 2e-2):
                 raise SystemExit(f"{name} is not our form in float64: {what} differs by {error:.1e} of its norm")

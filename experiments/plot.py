@@ -44,6 +44,7 @@ FIGURES = (("tiny", wikitext103.loss_curves), ("wikitext103", wikitext103.loss_c
            ("wikitext103/summary.json", wikitext103.perplexities),
            ("benchmark-cpu.json", benchmark), ("benchmark-cuda.json", benchmark),
            ("associative_recall.json", associative_recall.draw),
+           ("tiny/associative_recall-10000.json", associative_recall.draw),
            ("attention_properties.json", attention_properties.draw), ("attention_maps.json", attention_maps.draw),
            ("convert/summary.json", conversion.draw), ("convert/layers.json", layers.draw),
            ("map_forms.json", map_forms.draw))
