@@ -30,22 +30,30 @@ Maps: `hedgehog`, two softmaxes, or `hedgehog_exp`, the exponentials of hedgehog
 largest |u|, a factor that cancels; of a key u within -30 and 30, and beyond no gradient. So denominators are at least
 e^-30, and nothing overflows.
 
-Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/results/triton-ncu.json): what must be read and written once
-takes, at 3 TB/s, 27 % of the time of forward, 68 % of states, 46 % of grad_kv and 59 % of grad_q; their sum is 49 % of
-the time of all four, and a single pass each way that kept all else on the chip would be 21 %. A chunk's work is a chain
-of small products, reductions and barriers, and registers (255 a thread) allow two programs a multiprocessor: an
-instruction is issued in 23 to 29 of 100 cycles, tensor cores are busy in 9 to 17, and what is waited for is memory (25
-to 43 % of the samples) and the last instruction's result. A spilled register costs more than it looks, since two
-programs leave little cache beside their shared memory: masks and offsets within a chunk in 32 bits, 7 % fewer
-instructions but far fewer spills, made grad_kv 12 % faster.
+Registers are what there is least of: 255 a thread, with which two programs fit on a multiprocessor, and a spilled one
+costs more than it looks, since they leave little cache beside their shared memory. Masks and offsets within a chunk are
+in 32 bits. Two habits of the compiler cost the most: it moves some 150 addresses that do not change out of the loop,
+into registers that then spill (hence disable_licm), and where a number is used rounded and in float32 it rounds twice
+(`widen`, `nothing`). Without both, nothing of `hedgehog` in bfloat16 at D = 64 spills but eight bytes of forward. With
+that, sums of columns as products (`column_sums`), and R read once, forward and backward took 0.86 ms instead of 1.00 at
+T = 1,024, and 0.96 instead of 1.15 at 16,384 (experiments/results/triton-variants.json).
 
+Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/profile_triton.py; at 1.45 GHz, where Nsight Compute held
+it): what must be read and written once takes, at 3 TB/s, 31 % of the time of forward, 63 % of states, 50 % of grad_kv
+and 55 % of grad_q; their sum is 50 % of the time of all four, and a single pass each way that kept all else on the chip
+would be 22 %. A chunk's work is a chain of small products, reductions and barriers, and two programs hide little of it:
+an instruction is issued in 23 to 29 of 100 cycles, tensor cores are busy in 13 to 22, and what is waited for is memory
+(15 to 42 % of the samples) and the last instruction's result (16 to 23 %).
+
+Tried and left: keeping S_n from the forward pass, so that the backward pass walks once, and one kernel for all three
+gradients: 0.76 ms, but 100 MiB more kept a layer at 32,768 tokens, and a third kernel to read.
 Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (more than a quarter
-of its instructions went to spilled registers); a third program a multiprocessor (168 registers: 1.4 to 1.8 times as
-long), 8 warps with chunks of 64 or 128; segments at T = 1,024, chained or not, to fill the last wave of programs;
-the second half of the map from a second product, to free registers; one softmax after the other; tiles of grad_kv or
-grad_q through shared memory a chunk ahead (one program a multiprocessor), prefetches in grad_kv and forward; the
-denominator as 16 or 32 extra columns of a tensor-core product (came out wrong on an H100 with Triton 3.6, the reason is
-not known).
+of its instructions went to spilled registers); a third program a multiprocessor (168 registers a thread: states 7 %
+faster, grad_q 30 % slower, forward and grad_kv spill); 8 warps with chunks of 64 or 128; segments at T = 1,024, chained
+or not, to fill the last wave of programs; the second half of the map from a second product, to free registers; one
+softmax after the other; tiles of grad_kv or grad_q through shared memory a chunk ahead (one program a multiprocessor),
+prefetches in grad_kv and forward; the denominator as 16 or 32 extra columns of a product (came out wrong on an H100
+with Triton 3.6, the reason is not known).
 """
 
 import inspect
@@ -57,7 +65,8 @@ import triton.language as tl
 from hedgehog import safe_exp
 
 if "disable_licm" not in inspect.signature(tl.range.__init__).parameters:
-    raise ImportError(f"Triton {triton.__version__} is too old for hedgehog_triton.py, which needs 3.5: upgrade PyTorch")
+    raise ImportError(f"Triton {triton.__version__} is too old for hedgehog_triton.py, which needs 3.5: "
+                      "upgrade PyTorch")
 
 CHUNKS_PER_PROGRAM = 8           # of the gradient kernels
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of the walking kernels: what their registers allow
@@ -268,8 +277,8 @@ def load_chunk_z(z, before, program, seg, half, rows, SEGMENTS: tl.constexpr):
 def feature_gradient(g, dA, other, values, state, y, start, rows, stride, n, states, before, program, seg, half, cols,
                      DV: tl.constexpr, BV: tl.constexpr, SEGMENTS: tl.constexpr, dtype: tl.constexpr,
                      PREC: tl.constexpr):
-    """One half of dphi_k: g + dA^T phi_q + v R^T, with y = v, other = that half of phi_q and states = R. Where all columns
-    are one block, v and R are at hand: values and state."""
+    """One half of dphi_k: g + dA^T phi_q + v R^T, with y = v, other = that half of phi_q and states = R. Where all
+    columns are one block, v and R are at hand: values and state."""
     g = tl.dot(dA, other, g, input_precision=PREC)
     for j in tl.static_range(DV // BV):
         c = j * BV + tl.arange(0, BV)

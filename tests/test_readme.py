@@ -27,7 +27,6 @@ COMMANDS = {
     "python convert_gpt2.py": "--steps 2 --distill-steps 2 --batch-size 2 --distill-batch-size 2 --eval-every 2 "
                               "--device cpu",
     "python convert_gpt2.py --preset gpt2": None,                            # tests/test_convert.py: a local server
-    "python train_gpt.py --help": "",
     "torchrun --nproc-per-node 8 train_gpt.py …": None,                      # tests/test_train.py, with 2 processes
     "python data/prepare.py wikitext103": None,                              # tests/test_prepare.py: a local server
 }
