@@ -86,7 +86,7 @@ def loss_curves(folder):
         final[name] = float(rows[-1]["valid_nats"])
         ax.plot([tokens / 1e6 for tokens in x], y, style, label=name, color=color(name))
     ax.set(xlabel="training tokens, millions", ylabel="validation loss (nats a token)")
-    ax.legend()
+    ax.legend(loc="upper right", ncols=1 + len(final) // 5)
     first = list(final.items())[:3]
     save(fig, folder / "loss.png", ("Final loss: " if len(first) == len(final) else "Lowest final losses: ")
          + ", ".join(f"{name} {nats:.2f}" for name, nats in first))
