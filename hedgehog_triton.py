@@ -22,9 +22,9 @@ Design
     without writing chunks), an exclusive prefix over them, then all segments at once. The backward pass writes S_n and
     R_n as sums within a segment; the prefix is added where they are read.
 
-Precision: sums and states are float32. Products take bfloat16 operands for bfloat16 inputs, and for float16 (whose
-range is too small for features) and float32 three tf32 products each, which is float32 to about 1e-6. S_n and R_n are
-written in the type of the products, which is what they are used in.
+Precision: sums and states are float32, of features in the type of the products. Those take bfloat16 operands for
+bfloat16 inputs, and for float16 (whose range is too small for features) and float32 three tf32 products each, which is
+float32 to about 1e-6. S_n and R_n are written in the type of the products, which is what they are used in.
 
 Maps: `hedgehog`, two softmaxes, or `hedgehog_exp`, the exponentials of hedgehog.py's safe_exp: of a query u less its
 largest |u|, a factor that cancels; of a key u within -30 and 30, and beyond no gradient. So denominators are at least
@@ -32,28 +32,29 @@ e^-30, and nothing overflows.
 
 Registers are what there is least of: 255 a thread, with which two programs fit on a multiprocessor, and a spilled one
 costs more than it looks, since they leave little cache beside their shared memory. Masks and offsets within a chunk are
-in 32 bits. Two habits of the compiler cost the most: it moves some 150 addresses that do not change out of the loop,
+in 32 bits. Two habits of the compiler cost the most: it moves addresses that do not change out of the loop, about 150,
 into registers that then spill (hence disable_licm), and where a number is used rounded and in float32 it rounds twice
 (`widen`, `nothing`). Without both, nothing of `hedgehog` in bfloat16 at D = 64 spills but eight bytes of forward. With
-that, sums of columns as products (`column_sums`), and R read once, forward and backward took 0.86 ms instead of 1.00 at
+that, sums of columns as products (`column_sums`), and R read once, forward and backward took 0.85 ms instead of 1.00 at
 T = 1,024, and 0.96 instead of 1.15 at 16,384 (experiments/results/triton-variants.json).
 
-Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/profile_triton.py; at 1.45 GHz, where Nsight Compute held
-it): what must be read and written once takes, at 3 TB/s, 31 % of the time of forward, 63 % of states, 50 % of grad_kv
-and 55 % of grad_q; their sum is 50 % of the time of all four, and a single pass each way that kept all else on the chip
-would be 22 %. A chunk's work is a chain of small products, reductions and barriers, and two programs hide little of it:
-an instruction is issued in 23 to 29 of 100 cycles, tensor cores are busy in 13 to 22, and what is waited for is memory
-(15 to 42 % of the samples) and the last instruction's result (16 to 23 %).
+Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/results/triton-ncu.json; at 1.45 GHz, where Nsight Compute
+held it): what must be read and written once takes, at 3 TB/s, 31 % of the time of forward, 63 % of states, 51 % of
+grad_kv and 57 % of grad_q; their sum is 51 % of the time of all four, and a single pass each way that kept all else on
+the chip would be 22 %. A chunk's work is a chain of small products, reductions and barriers, and two programs hide
+little of it: an instruction is issued in 23 to 29 of 100 cycles, tensor cores are busy in 13 to 22, and a warp waits
+for memory in 15 to 42 % of the samples, for the last instruction's result in 16 to 23, at barriers in 13, for shared
+memory and the like in 6 to 16.
 
-Tried and left: keeping S_n from the forward pass, so that the backward pass walks once, and one kernel for all three
-gradients: 0.76 ms, but 100 MiB more kept a layer at 32,768 tokens, and a third kernel to read.
+Tried and left: keeping S_n from the forward pass, so that the backward pass walks once, and making all three gradients
+in one kernel: 0.76 ms, but 100 MiB more kept a layer at 32,768 tokens, and a kernel more to read.
 Tried and lost: a backward pass of two walks that carry S or R in registers beside everything else (more than a quarter
 of its instructions went to spilled registers); a third program a multiprocessor (168 registers a thread: states 7 %
-faster, grad_q 30 % slower, forward and grad_kv spill); 8 warps with chunks of 64 or 128; segments at T = 1,024, chained
-or not, to fill the last wave of programs; the second half of the map from a second product, to free registers; one
-softmax after the other; tiles of grad_kv or grad_q through shared memory a chunk ahead (one program a multiprocessor),
-prefetches in grad_kv and forward; the denominator as 16 or 32 extra columns of a product (came out wrong on an H100
-with Triton 3.6, the reason is not known).
+faster at T = 1,024 and 3 % slower at 16,384, grad_q 30 and 63 % slower, forward spills); 8 warps with chunks of 64 or
+128; segments at T = 1,024, chained or not, to fill the last wave of programs; the second half of the map from a second
+product, to free registers; one softmax after the other; tiles of grad_kv or grad_q through shared memory a chunk ahead
+(one program a multiprocessor), prefetches in grad_kv and forward; the denominator as 16 or 32 extra columns of a
+product (came out wrong on an H100 with Triton 3.6, the reason is not known).
 """
 
 import inspect
@@ -217,7 +218,7 @@ def column_sums(x, factors, dtype: tl.constexpr, PREC: tl.constexpr):
     row = tl.arange(0, 16)[:, None]
     if factors is None:
         f = tl.full((16, L), 1 / 16, tl.float32).to(dtype)
-    else:  # in two parts, so that nothing of them is rounded away
+    else:  # in two parts: bfloat16 alone would round them by 0.4 %, both together by 1e-5
         high = factors.to(dtype).to(tl.float32)
         f = tl.where(row == 0, high[None, :], tl.where(row == 1, (factors - high)[None, :], 0.0)).to(dtype)
     return tl.sum(tl.dot(f, x, input_precision=PREC), axis=0)
@@ -596,6 +597,7 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
+
 
 def segments(programs, T, L, device, slower, extra):
     """(tokens of a segment, how many): what takes the least time, in whole waves of programs on the GPU, if cut a chunk

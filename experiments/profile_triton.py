@@ -25,11 +25,12 @@ TB_PER_S = 3.0
 STATE = (2 * D * D * 2 + 2 * D * 4) / L  # bytes a token of S and z, or R and its z, written for every chunk
 TILE = D * 2  # bytes a token of q, k, v, y or a gradient of theirs, in bfloat16
 NUMBER = 4  # of a denominator or delta
+WEIGHTS = D * D * 4 / (8 * L)  # of dW, a float32 matrix for every 8 chunks
 LEAST = {  # bytes that must be read and written, a token and head
     "forward_kernel": 4 * TILE + NUMBER,                         # q, k, v, y; den
     "states_kernel": 5 * TILE + 2 * NUMBER + 2 * STATE,          # k, v; q, do, y; den, delta; S and R
-    "grad_kv_kernel": 6 * TILE + 2 * NUMBER + STATE,             # q, k, v, do, dk, dv; den, delta; R
-    "grad_q_kernel": 5 * TILE + 2 * NUMBER + STATE,              # q, k, v, do, dq; den, delta; S
+    "grad_kv_kernel": 6 * TILE + 2 * NUMBER + STATE + WEIGHTS,   # q, k, v, do, dk, dv; den, delta; R; dW
+    "grad_q_kernel": 5 * TILE + 2 * NUMBER + STATE + WEIGHTS,    # q, k, v, do, dq; den, delta; S; dW
 }
 COUNTERS = {  # name in the rows -> (ncu's name, what it is divided by)
     "dram_read_mb": ("dram__bytes_read.sum", 1e6),
@@ -57,31 +58,25 @@ def passes():
     return lambda: torch.autograd.grad(layer(*inputs[:3]), inputs, g)
 
 
-def number(text):
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
-
-
 def counters(text):
     """{kernel: {counter: value}} of ncu's raw page as CSV. Its line of units is left out: --print-units base."""
     _, *launches = csv.DictReader(io.StringIO(text[text.index('"ID"'):]))
     found = {}
     for launch in launches:
-        row = {name: round(number(launch[key]) / by, 4) for name, (key, by) in COUNTERS.items()}
-        stalls = {key.removeprefix(STALL): number(x) for key, x in launch.items()
-                  if key.startswith(STALL) and not key.endswith("not_issued")}
-        share = {key: round(100 * x / sum(stalls.values()), 1) for key, x in stalls.items() if x}
+        value = {key: float(launch[key].replace(",", "")) for key in launch
+                 if key in dict(COUNTERS.values()) or key.startswith(STALL) and not key.endswith("not_issued")}
+        row = {name: round(value[key] / by, 4) for name, (key, by) in COUNTERS.items()}
+        stalls = {key.removeprefix(STALL): x for key, x in value.items() if key.startswith(STALL)}
+        share = {key: round(100 * x / sum(stalls.values()), 1) for key, x in stalls.items()}
         row["stall_samples_percent"] = dict(sorted(share.items(), key=lambda item: -item[1])[:7])
         found[launch["Kernel Name"]] = row
     return found
 
 
 def table(text, about):
-    rows = []
+    rows, found = [], counters(text)
     for kernel, least in LEAST.items():
-        row, megabytes = counters(text)[kernel], least * B * H * T / 1e6
+        row, megabytes = found[kernel], least * B * H * T / 1e6
         floor = megabytes / TB_PER_S / 1e3
         rows.append(dict(kernel=kernel, ms=row["ms"], least_mb=round(megabytes, 1), floor_ms=round(floor, 4),
                          of_floor=round(floor / row["ms"], 3)) | row | about)
@@ -98,7 +93,7 @@ def main(args):
         return
     command = ["ncu", "--set", "detailed", "--page", "raw", "--csv", "--print-units", "base", "--profile-from-start",
                "off", "--clock-control", "none", sys.executable, __file__, "--once"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     rows = table(text, dict(shape=f"B={B} H={H} T={T} D={D} bfloat16, map included")
                  | provenance(torch.device("cuda")))
     for row in rows:

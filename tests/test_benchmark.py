@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import benchmark  # noqa: E402
+import profile_triton  # noqa: E402
 
 TOY = "--T 64 128 --heads 2 --dim 8 --repeats 1 --warmup 1 --decode 5 10 --decode-tokens 2 --threads 1".split()
 
@@ -112,3 +113,20 @@ def test_training_is_measured_beside_softmax(tmp_path, capsys, monkeypatch):
     assert all(row["tokens_per_second"] > 0 and row["peak_mib"] > 0 and "mfu" in row for row in rows.values())
     said = capsys.readouterr().out
     assert "training at T=16: gpt, chunked" in said and "training at T=16: gpt, chunked, hedgehog_exp" in said
+
+
+def test_counters_of_ncu_become_rows_with_floors():
+    columns = {key: "1,000" for key, _ in profile_triton.COUNTERS.values()} | {"gpu__time_duration.sum": "400,000"}
+    columns |= {f"{profile_triton.STALL}wait": "30", f"{profile_triton.STALL}barrier": "10",
+                f"{profile_triton.STALL}wait_not_issued": "99"}
+    lines = ["==PROF== a line of its own"]
+    lines += [",".join(f'"{x}"' for x in row) for row in (
+        ["ID", "Kernel Name", *columns], ["", "", *["byte"] * len(columns)],
+        *([str(i), kernel, *columns.values()] for i, kernel in enumerate((*profile_triton.LEAST, "another"))))]
+    rows = {row["kernel"]: row for row in profile_triton.table("\n".join(lines), dict(device="none"))}
+    assert rows.keys() == profile_triton.LEAST.keys()
+    forward = rows["forward_kernel"]
+    assert forward["ms"] == 0.4 and forward["dram_read_mb"] == 0.001 and forward["device"] == "none"
+    assert forward["least_mb"] == round(32 * 12 * 1024 * (4 * 128 + 4) / 1e6, 1)       # q, k, v, y of 128 bytes, den
+    assert forward["of_floor"] == round(forward["least_mb"] / 3000 / 0.4, 3)
+    assert forward["stall_samples_percent"] == {"wait": 75.0, "barrier": 25.0}
