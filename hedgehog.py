@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 FEATURE_MAPS = ("hedgehog", "hedgehog_exp", "elu", "relu", "t2r", "exp", "performer", "cosformer", "taylor")
 ATTENTIONS = ("softmax", *FEATURE_MAPS)
+LEARNED_MAPS = ("hedgehog", "hedgehog_exp", "t2r")  # those with a W
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ class FeatureMap(nn.Module):
         self.kind, self.n_head, self.head_dim, self.temperature, self.max_len = kind, H, D, temperature, max_len
         self.feature_dim = {"performer": m, "taylor": 1 + D + D * D, "hedgehog": 2 * D, "hedgehog_exp": 2 * D,
                             "cosformer": 2 * D}.get(kind, D)
-        learned = kind in ("hedgehog", "hedgehog_exp", "t2r")
+        learned = kind in LEARNED_MAPS
         self.weight = nn.Parameter(scale * torch.eye(D).repeat(H, 1, 1)) if learned else None
         self.bias = nn.Parameter(torch.zeros(H, D)) if learned and (bias or kind == "t2r") else None
         self.log_temperature = nn.Parameter(torch.zeros(H)) if learned and learn_temperature else None

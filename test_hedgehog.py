@@ -122,7 +122,7 @@ def test_each_half_of_hedgehogs_map_sums_to_one():
     assert_close(phi.unflatten(-1, (2, 4)).sum(-1), torch.ones(2, 2, 7, 2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", ["hedgehog", "hedgehog_exp", "t2r"])
+@pytest.mark.parametrize("kind", hedgehog.LEARNED_MAPS)
 def test_a_learned_map_starts_as_the_identity_with_a_bias_only_where_asked(kind):
     phi = FeatureMap(3, 4, kind)
     assert_close(phi.weight, torch.eye(4).expand(3, 4, 4), **EXACTLY)
@@ -131,7 +131,7 @@ def test_a_learned_map_starts_as_the_identity_with_a_bias_only_where_asked(kind)
     assert_close(FeatureMap(3, 4, kind, scale=0.7).weight, 0.7 * torch.eye(4).expand(3, 4, 4), **EXACTLY)
 
 
-@pytest.mark.parametrize("kind", ["hedgehog", "hedgehog_exp", "t2r"])
+@pytest.mark.parametrize("kind", hedgehog.LEARNED_MAPS)
 def test_a_learned_temperature_scales_the_W_of_its_head_and_starts_at_one(kind):
     phi, plain, x = FeatureMap(2, 4, kind, learn_temperature=True), FeatureMap(2, 4, kind), torch.randn(1, 2, 5, 4)
     assert_close(phi(x), plain(x), **EXACTLY)

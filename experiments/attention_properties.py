@@ -17,11 +17,11 @@ from common import (
     GREY, bars, color, draw_if_possible, figure, read, save, scores, student, teacher_and_text, weights)
 from tqdm import tqdm
 
+from hedgehog import LEARNED_MAPS
 from train_gpt import cli, opt, parse_config, provenance, save_json
 
-DISTILLED = ("hedgehog", "hedgehog_exp", "t2r")
-MAPS = {f"{kind}, distilled": dict(attention=kind) for kind in DISTILLED}
-MAPS |= {f"{kind}, not distilled": dict(attention=kind, distill_steps=0) for kind in DISTILLED}
+MAPS = {f"{kind}, distilled": dict(attention=kind) for kind in LEARNED_MAPS}
+MAPS |= {f"{kind}, not distilled": dict(attention=kind, distill_steps=0) for kind in LEARNED_MAPS}
 MAPS |= {kind: dict(attention=kind) for kind in ("taylor", "performer", "elu", "relu", "cosformer")}
 MAPS |= {f"exp t={t}": dict(attention="exp", temperature=float(t)) for t in (1, 2)}
 BINS = np.arange(-8, 0.5, 0.5)  # of softmax's log-weight, which is q.k / sqrt(D) up to a constant of the row

@@ -17,6 +17,7 @@ from common import COLORS, GREY, RESULTS, bars, draw_if_possible, figure, save
 from wikitext103 import departures, number
 
 from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio
+from hedgehog import LEARNED_MAPS
 from train_gpt import save_json
 
 SAID_ELSEWHERE = MAY_CHANGE | {"teacher", "attention", "seed"}
@@ -65,7 +66,7 @@ def table(rows):
 def variant_of(row, rows):
     """What was added to an attention, or left out, whatever the rates: "", ", undistilled", ..."""
     distilled = any(r["name"] == row["name"] and r["stage"] == "distilled" for r in rows)
-    learns = row["attention"] in ("hedgehog", "hedgehog_exp", "t2r")
+    learns = row["attention"] in LEARNED_MAPS
     flags = [(row.get("short_conv"), "convolution of {}"), (row.get("softmax_layers"), "softmax in the first {}"),
              (row.get("window"), "window {}"), (learns and not distilled, "undistilled")]
     flags += [(row["options"].get(name), name.replace("_", " ")) for name in (

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # no installed package
 from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
 from data import glue  # noqa: E402
-from hedgehog import FEATURE_MAPS, FeatureMap, linear_attention  # noqa: E402
+from hedgehog import FEATURE_MAPS, LEARNED_MAPS, FeatureMap, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, flag, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance,
     save_json)
@@ -51,7 +51,7 @@ except ImportError as e:
 PAPER = {"hedgehog": 99.3, "t2r": 89}  # % of BERT's score recovered, mean over GLUE
 STAGES, UNDISTILLED = ("teacher", "swapped", "distilled", "finetuned"), "-undistilled"
 REFUSED = ("cache", "past_key_values", "encoder_hidden_states", "head_mask", "output_attentions", "cu_seq_lens_q")
-ATTENTIONS = ("softmax", *FEATURE_MAPS, *(kind + UNDISTILLED for kind in ("hedgehog", "hedgehog_exp", "t2r")))
+ATTENTIONS = ("softmax", *FEATURE_MAPS, *(kind + UNDISTILLED for kind in LEARNED_MAPS))
 
 
 @dataclass
