@@ -61,7 +61,7 @@ class ConvertConfig:
     short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; it starts as the "
                           "identity and learns in stage 2; 0: as the teacher, mostly none")
     softmax_layers: int = opt(0, "the first layers, which keep softmax; 0 in the paper")
-    window: int = opt(0, "tokens that their softmax looks back over, so that it is linear in the length; 0: all")
+    window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
     dropout: float = opt(0.0, "while finetuning")
     # stage 1: the maps alone learn to imitate softmax's weights
     maps: str = opt("", "start from the maps of this checkpoint: a distilled/last.pt, or any of a model like this one")

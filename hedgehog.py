@@ -17,7 +17,7 @@ Hedgehog learns phi, by imitating a trained softmax model or from the task itsel
 Letters
     B batch    T time    C model width (n_embd)    H heads    D head width, C / H
     P feature width, 2D for Hedgehog    N chunks of L tokens    q, k, v: (B, H, T, D) before the map
-    phi feature map    W, b its weight and bias    S state, the sum of phi(k) v^T over the past (z is its last column)
+    phi feature map    W, b its weight and bias    S state, the sum of phi(k)^T [v, 1] (z is its last column)
 
 Read from top to bottom: feature maps, four forms of linear attention, attention layer, GPT.
 """
@@ -56,12 +56,12 @@ class FeatureMap(nn.Module):
     taylor         [1, x, (x outer x) / sqrt 2]: 1 + s + s^2 / 2      1 + D + D^2 Keles et al. 2023
 
     `weight` is (H, D, D), `scale` (1) times the identity at the start, `bias` (H, D), zero at the start. Near x = 0 the
-    logarithm of both hedgehog maps' phi(q).phi(k) has the term scale^2 q.k / D, softmax's weight q.k / sqrt(D): at
-    scale = D^(1/4) training starts with attention as peaked as softmax's. performer and taylor estimate exp(q.k /
-    sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is. Features are float32 at least, also under
-    autocast: they span too many orders of magnitude for less.
-    learn_temperature, not in the paper: W = weight exp(log_temperature), one number a head and map, 0 at the start. The
-    same functions, but how peaked they are has a parameter of its own, which weight decay does not touch.
+    logarithm of both hedgehog maps' phi(q).phi(k) has the term scale^2 q.k / D, that of softmax's weight is q.k /
+    sqrt(D): at scale = D^(1/4) training starts with attention as peaked as softmax's. performer and taylor estimate
+    exp(q.k / sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is. Features are float32 at least, also
+    under autocast: they span too many orders of magnitude for less.
+    learn_temperature, not in the paper: W = weight exp(log_temperature), one number a head and map, 0 at the start. It
+    adds no functions, but gives their peakedness a parameter of its own, which weight decay does not touch.
     flash-linear-attention differs: one joint softmax of [2xW, -2xW] and one W for all heads.
     """
 
@@ -215,7 +215,7 @@ def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state
 
     eps: a row whose denominator is below it attends to nothing, and is zero with zero gradient. Trained maps reach
     denominators of 1e-28, and a result must not depend on the scale of the features, so eps is a bound and never an
-    addend: + 1e-6 silently zeroes whole heads. LoLCATs clamps at 1e-12 and leaves it out when decoding;
+    addend: + 1e-6 silently zeroes whole heads. LoLCATs adds 1e-12 in training and nothing when decoding;
     flash-linear-attention's layer by default has no denominator but a norm.
 
     Raises ValueError for an unknown form, shapes, dtypes or devices that do not match, and a state with a form that
@@ -317,7 +317,7 @@ class LinearAttention(nn.Module):
     Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
     segments is kept, and the backward pass recomputes the features of one segment at a time. That takes about the
     memory of softmax attention, for 35 to 60 % more time forward and backward. `segment_size=0` keeps everything
-    instead. The fused kernels ("auto" on a GPU) do without: they never write the features of the hedgehog map.
+    instead. The fused kernels ("auto" on a GPU) do without: they never write the features of the hedgehog maps.
     """
 
     def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, tie_qk=False, chunk_size=64, segment_size=256,
@@ -383,7 +383,7 @@ class GPTConfig:
     segment_size: int = 256  # tokens whose features are held at once in training; 0: all
     short_conv: int = 0  # tokens that a convolution of q, k and v reaches over; 0: none, as in the paper
     softmax_layers: int = 0  # the first layers, that attend by softmax whatever `attention` is; 0 in the paper
-    window: int = 0  # tokens that their softmax looks back over, itself included, in O(T window); 0: all
+    window: int = 0  # tokens that those layers see, the current one included, in O(T window); 0: all
 
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
@@ -395,8 +395,8 @@ class GPTConfig:
             raise ValueError(f"segment_size={self.segment_size} and short_conv={self.short_conv} must be at least 0, "
                              f"dropout={self.dropout} in [0, 1)")
         if not 0 <= self.softmax_layers <= self.n_layer or self.window < 0 or self.window and not self.softmax_layers:
-            raise ValueError(f"softmax_layers={self.softmax_layers} must be in [0, n_layer={self.n_layer}], and "
-                             f"window={self.window}, which is theirs, 0 without them")
+            raise ValueError(f"softmax_layers={self.softmax_layers} must be in [0, n_layer={self.n_layer}]; window="
+                             f"{self.window} must be at least 0, and 0 where no layer keeps softmax")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
 
@@ -404,8 +404,8 @@ class GPTConfig:
 class ShortConv(nn.Module):
     """A causal depthwise convolution, y_t = sum_i w_i x_{t-i} over the last `width` tokens. It starts as the identity.
 
-    Not in the paper; H3 (Fu et al. 2023), Mamba and others put one before what is linear in T. With it no head has to
-    look at the token before, which from scratch softmax learns and sums of 2D features hardly do.
+    Not in the paper; H3 (Fu et al. 2023), Mamba and others put one before their linear-time layers. With it no head has
+    to single out the token before, which softmax learns from scratch and linear attention hardly does.
     """
 
     def __init__(self, channels, width):

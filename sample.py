@@ -20,8 +20,10 @@ def sample(checkpoint, prompt="\n", tokens=500, temperature=0.8, top_k=50, seed=
            write=sys.stdout.write):
     """Stream `tokens` tokens after the prompt to `write`. Returns the whole text, prompt included."""
     path = Path(checkpoint)
+    if path.is_dir():  # a run of train_gpt.py, or of convert_gpt2.py
+        path = next((p for p in (path / "best.pt", path / "finetuned/best.pt") if p.exists()), path / "best.pt")
     device, _, why = pick_device(device, "float32")
-    model, saved = load_model(path / "best.pt" if path.is_dir() else path, device)
+    model, saved = load_model(path, device)
     tokenizer = load_tokenizer(saved["meta"]["tokenizer"])
     ids = encode_prompt(tokenizer, prompt).to(device)
     torch.manual_seed(seed)
@@ -44,7 +46,7 @@ def sample(checkpoint, prompt="\n", tokens=500, temperature=0.8, top_k=50, seed=
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("checkpoint", help="a run folder (its best.pt) or a .pt file")
+    parser.add_argument("checkpoint", help="a run folder (its best.pt, or finetuned/best.pt) or a .pt file")
     parser.add_argument("--prompt", default="\n", help="beginning of the text")
     parser.add_argument("--tokens", type=int, default=500, help="how many to write, in the model's unit")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")

@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +35,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
 
 from data.prepare import load_tokenizer, prepare_pydoc
 from hedgehog import ATTENTIONS, GPT, GPTConfig
@@ -92,7 +97,7 @@ class TrainConfig:
     segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
     short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; 0: none")
     softmax_layers: int = opt(0, "the first layers, which attend by softmax whatever --attention says; 0 in the paper")
-    window: int = opt(0, "tokens that their softmax looks back over, so that it is linear in the length; 0: all")
+    window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
     # optimisation
     steps: int = opt(1000, "optimizer steps")
     batch_size: int = opt(8, "sequences a step, over all processes and micro-batches")
@@ -145,10 +150,15 @@ def saved_config(config):
     return load_checkpoint(run_folder(config) / "last.pt")["config"]
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default == "" else super()._get_help_string(action)
+
+
 def parse_config(config_class, presets=None, argv=None, saved_config=saved_config, may_change=MAY_CHANGE_ON_RESUME):
     """Command line -> config. Flags come first, then the run that --resume goes on with, then the preset."""
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+                                     formatter_class=HelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(config_class):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         if f.type is tuple:                                                               # several values, of one type
@@ -156,8 +166,10 @@ def parse_config(config_class, presets=None, argv=None, saved_config=saved_confi
         if f.metadata["choices"]:
             kind["choices"] = f.metadata["choices"]
         parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **kind)
-    config = parser.parse_args(argv)
-    parser.set_defaults(**(presets or {}).get(getattr(config, "preset", ""), {}))
+    if presets:  # before --help is answered, which names the defaults
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", default=config_class.preset)
+        parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
     config = parser.parse_args(argv)
     if getattr(config, "resume", False):
         saved = {f.name: f.default for f in dataclasses.fields(config_class)} | saved_config(config)
@@ -208,7 +220,8 @@ def pick_device(name, dtype):
 def load_data(folder, block_size):
     """{"meta": dict, "train": uint16 tokens, "valid": ..., and "test" if it is there}, memory-mapped and checked."""
     folder = Path(folder)
-    remedy = f"make it with: python data/prepare.py {'pydoc' if folder.name == 'pydoc' else 'FILE...'} --out {folder}"
+    known = folder.name in ("pydoc", "wikitext103")  # what data/prepare.py makes by name
+    remedy = f"make it with: python data/prepare.py {folder.name if known else 'FILE...'} --out {folder}"
     if not (folder / "meta.json").exists():
         raise ValueError(f"no prepared text in {folder} (meta.json is missing): {remedy}")
     try:
@@ -613,8 +626,7 @@ def train(config, model=None):
     raw, optimizer, state = build(config, data["meta"], device, model)
     tokenizer = load_tokenizer(data["meta"]["tokenizer"])  # now, and not after hours: what cannot work fails here
     prompt = encode_prompt(tokenizer, config.prompt)
-    if rank == 0:
-        start_folder(out, config, raw, data["meta"], device, say)
+    lock = start_folder(out, config, raw, data["meta"], device, say) if rank == 0 else nullcontext()
     model = torch.compile(raw) if config.compile and config.steps else raw
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -659,7 +671,7 @@ def train(config, model=None):
         """Tokens a second of the steps made here, or before a resumption if none was."""
         return speed(seconds or [state["seconds"] / max(1, state["step"])], tokens_per_step)
 
-    with interrupts(say) as received, tqdm(total=config.steps, initial=first, unit="step", disable=quiet) as bar:
+    with lock, interrupts(say) as received, tqdm(total=config.steps, initial=first, unit="step", disable=quiet) as bar:
         for step in range(first, config.steps + 1):
             if step % config.eval_every == 0 or step == config.steps:
                 settle(0)
@@ -723,20 +735,40 @@ def build(config, meta, device, model=None):
     checkpoint = load_checkpoint(run_folder(config) / "last.pt")
     for key in ("tokenizer", "sha256"):
         if checkpoint["meta"][key] != meta[key]:
-            raise ValueError(f"the run in {run_folder(config)} was trained on another text ({key} was "
-                             f"{checkpoint['meta'][key]}, --data has {meta[key]}): mend --data")
+            how = f"tokenizer was {checkpoint['meta'][key]}, --data has {meta[key]}" if key == "tokenizer" else key
+            raise ValueError(f"the run in {run_folder(config)} was trained on another text ({how}): mend --data")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return model, optimizer, checkpoint["state"]
 
 
 def start_folder(out, config, model, meta, device, say):
-    """Make the run folder. A run that is already there is moved aside, never overwritten."""
+    """Make the run folder, and return the context that holds it. A run that is there is moved aside."""
+    lock = lock_folder(out)
     if not config.resume and (out / "last.pt").exists():
+        lock.close()
         move_aside(out, say)
-    out.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(out)
     about = provenance(device)
     save_json(out / "config.json", dict(config=asdict(config), model=asdict(model.config), meta=meta, **about))
+    return lock
+
+
+def lock_folder(out):
+    """A context that holds the folder: two runs that write to one would spoil each other without a word."""
+    out.mkdir(parents=True, exist_ok=True)
+    held = ExitStack()
+    if fcntl:
+        folder = os.open(out, os.O_RDONLY)
+        held.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.close()
+            raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+    return held
 
 
 def move_aside(out, say):

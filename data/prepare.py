@@ -434,7 +434,8 @@ def main(arguments=None):
     for split, count in meta["tokens"].items():
         print(f"{split}: {count:,} {meta['unit']}s, {meta['bytes'][split]:,} bytes, {meta['words'][split]:,} words, "
               f"{meta['lines'][split]:,} lines")
-    print(f"wrote {config.out}; train on it with: python train_gpt.py --data {config.out}")
+    print(f"wrote {config.out}; train on it with: python train_gpt.py --data {config.out} "
+          f"--out runs/{Path(config.out).name}")
     return 0
 
 

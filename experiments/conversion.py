@@ -137,4 +137,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="--out of finished conversions")
     parser.add_argument("--out", type=Path, default=RESULTS / "convert", help="folder of the results")
-    main(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    for folder in args.folders:
+        if not (folder / "summary.json").exists():
+            parser.error(f"{folder} is no --out of convert_gpt2.py: summary.json is missing there")
+    main(**vars(args))

@@ -128,4 +128,8 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", type=Path, default=RESULTS / "wikitext103", help="folder of the results")
     parser.add_argument("--commit", help="of the runs that were made where there was no git")
-    main(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    for run in args.runs:
+        if not (run / "summary.json").exists():
+            parser.error(f"{run} is no finished run of train_gpt.py: summary.json is missing there")
+    main(**vars(args))

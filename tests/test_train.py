@@ -624,3 +624,26 @@ def test_every_attention_trains_and_is_sampled(text_dir, tmp_path, attention):
     likeliest = [sample(tmp_path / "run" / "last.pt", "The fox é", 40, temperature=0, seed=seed, device="cpu",
                         write=pieces.append) for seed in (0, 9)]
     assert likeliest[0] == likeliest[1]
+
+
+def test_two_runs_do_not_write_to_one_folder(text_dir, tmp_path):
+    lock = train_gpt.lock_folder(tmp_path / "run")
+    with pytest.raises(ValueError, match="another run is writing to .*run: wait for it, or choose another --out"):
+        train(config(text_dir, tmp_path / "run"))
+    lock.close()
+    train(config(text_dir, tmp_path / "run"))
+    train(config(text_dir, tmp_path / "run"))                     # the first has let go of it, and is moved aside
+    assert (tmp_path / "run-1/summary.json").exists() and (tmp_path / "run/summary.json").exists()
+
+
+def test_help_names_the_defaults_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(TrainConfig, PRESETS, ["--preset", "wikitext103-fast", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "peak learning rate (default: 0.0015)" in words and "(default: )" not in words
+
+
+@pytest.mark.parametrize("name, source", [("wikitext103", "wikitext103"), ("pydoc", "pydoc"), ("book", "FILE...")])
+def test_missing_text_is_answered_with_the_command_that_makes_it(name, source, tmp_path):
+    with pytest.raises(ValueError, match=f"prepare.py {source} --out"):
+        train_gpt.load_data(tmp_path / name, 8)
