@@ -711,7 +711,7 @@ BAD_CALLS = [
     ("short_conv=-1", lambda: GPTConfig(short_conv=-1)),
     (r"softmax_layers=13 must be in \[0, n_layer=12\]", lambda: GPTConfig(softmax_layers=13)),
     ("window=-1", lambda: GPTConfig(softmax_layers=1, window=-1)),
-    ("window=8, which is theirs, 0 without them", lambda: GPTConfig(window=8)),
+    ("window=8 must be at least 0, and 0 where no layer keeps softmax", lambda: GPTConfig(window=8)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x, x[:, :, :2], x)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4, segment_size=2)(x, x, x[:, :, :2])),
     (r"expected q and k \(B, 3, T, 4\)", lambda: LinearAttention(3, 4)(x, x, x)),
