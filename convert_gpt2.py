@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
-    MAY_CHANGE_ON_RESUME, Log, TrainConfig, check_least, cli, evaluate_splits, find_data, get_batch, interrupts,
-    learning_rate, load_checkpoint, load_model, make_optimizer, move_aside, opt, parse_config, peak_gib, pick_device,
-    provenance, refuse_changes, reset_peak, save_json, stop_if_not_finite, train, write_atomically)
+    MAY_CHANGE_ON_RESUME, Log, TrainConfig, check_least, cli, evaluate_splits, find_data, get_batch, holding,
+    interrupts, learning_rate, load_checkpoint, load_model, lock_folder, make_optimizer, move_aside, opt, parse_config,
+    peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json, stop_if_not_finite, train,
+    write_atomically)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
 EVAL_BLOCKS = 32  # of the validation text, evenly spread, on which the maps are compared with softmax
@@ -445,7 +446,8 @@ class Results:
         return "\n".join(lines)
 
 
-def convert(config):
+@holding
+def convert(config, *, held):
     """Teacher, swapped, distilled, finetuned, and a row of the results after each. Returns the Results of --out."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("convert_gpt2.py is one process: start it with python, and continue its finetuned/ run with "
@@ -474,7 +476,7 @@ def convert(config):
     for row in results.find(**base):
         if abs(row["valid_nats"] - before["valid_nats"]) > 0.01:  # a GPU and a CPU differ by less
             raise ValueError(f"{folder} holds results of another teacher, text or block size: choose another --out")
-    start_run(folder / name, config, device, say)
+    start_run(folder / name, config, device, say, held)
     if not results.find(**base):
         results.add(**base, **before)
     n_tokens = config.steps * config.batch_size * stage2.block_size
@@ -527,10 +529,14 @@ def was_begun(config):
     return True
 
 
-def start_run(run, config, device, say):
-    if run.exists() and not config.resume:
-        move_aside(run, say)
-    run.mkdir(parents=True, exist_ok=True)
+def start_run(run, config, device, say, held):
+    there = run.exists()
+    held.enter_context(lock_folder(run))
+    if there and not config.resume:
+        stage2 = run / "finetuned"  # which train_gpt.py --resume may be going on with
+        with lock_folder(stage2) if stage2.exists() else nullcontext():
+            move_aside(run, say)
+        held.enter_context(lock_folder(run))
     save_json(run / "config.json", dict(config=asdict(config), **provenance(device)))
 
 

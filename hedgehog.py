@@ -595,7 +595,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             x = block(x, cache[i] if cache else None)
         weight, V = self.lm_head.weight, self.config.vocab_size
-        if targets is not None and V % 64:  # an H100 took 76 ms a step with GPT-2's 50,257 rows, so padded 72
+        if targets is not None and V % 64:  # an H100 took 76 ms a step with GPT-2's 50,257 rows, another so padded 72
             weight = F.pad(weight, (0, 0, 0, -V % 64))
         logits = F.linear(self.transformer.ln_f(x), weight)[..., :V]                      # (B, T, vocab_size)
         if targets is None:

@@ -8,7 +8,8 @@
     torchrun --nproc-per-node 8 train_gpt.py ...           the same run on several GPUs
 
 A run is a folder: config.json, log.csv (one row an evaluation), last.pt and best.pt, summary.json. Add --resume to the
-command of a run that was stopped and it goes on along the same curve: on a CPU to the last bit.
+command of a run that was stopped and it goes on along the same curve: on as many CPU
+threads to the last bit.
 """
 
 import argparse
@@ -168,7 +169,7 @@ def parse_config(config_class, presets=None, argv=None, saved_config=saved_confi
         parser.add_argument(flag(f.name), default=f.default, help=f.metadata["help"], **kind)
     if presets:  # before --help is answered, which names the defaults
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--preset", default=config_class.preset)
+        first.add_argument("--preset", nargs="?", default=config_class.preset)
         parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
     config = parser.parse_args(argv)
     if getattr(config, "resume", False):
@@ -609,7 +610,35 @@ def stop_if_not_finite(value, step, config):
                          "lower --lr or lengthen --warmup")
 
 
-def train(config, model=None):
+@contextmanager
+def lock_folder(out):
+    """Hold the folder: two runs that write to one would spoil each other without a word. On one machine, that is."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            with suppress(OSError):  # a file system without locks; BlockingIOError is told below
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
+        yield
+    finally:
+        if fcntl:
+            os.close(folder)
+
+
+def holding(f):
+    """f with an argument `held`, an ExitStack that is closed when f has ended: for the locks on its folders."""
+    @functools.wraps(f)
+    def g(*args, **kwargs):
+        with ExitStack() as held:
+            return f(*args, **kwargs, held=held)
+    return g
+
+
+@holding
+def train(config, model=None, *, held):
     """Train, evaluate, save and sample as `config` says. Returns what is also written to summary.json.
 
     model: the GPT to start from, of the shape that `config` says; default: a new one.
@@ -623,10 +652,13 @@ def train(config, model=None):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of --accum {config.accum} x {world} "
                          "processes")
     data, out = find_data(config, rank, world), run_folder(config)
+    if config.resume and rank == 0:
+        held.enter_context(lock_folder(out))  # before last.pt is read
     raw, optimizer, state = build(config, data["meta"], device, model)
     tokenizer = load_tokenizer(data["meta"]["tokenizer"])  # now, and not after hours: what cannot work fails here
     prompt = encode_prompt(tokenizer, config.prompt)
-    lock = start_folder(out, config, raw, data["meta"], device, say) if rank == 0 else nullcontext()
+    if rank == 0:
+        start_folder(out, config, raw, data["meta"], device, say, held)
     model = torch.compile(raw) if config.compile and config.steps else raw
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -671,7 +703,7 @@ def train(config, model=None):
         """Tokens a second of the steps made here, or before a resumption if none was."""
         return speed(seconds or [state["seconds"] / max(1, state["step"])], tokens_per_step)
 
-    with lock, interrupts(say) as received, tqdm(total=config.steps, initial=first, unit="step", disable=quiet) as bar:
+    with interrupts(say) as received, tqdm(total=config.steps, initial=first, unit="step", disable=quiet) as bar:
         for step in range(first, config.steps + 1):
             if step % config.eval_every == 0 or step == config.steps:
                 settle(0)
@@ -735,40 +767,24 @@ def build(config, meta, device, model=None):
     checkpoint = load_checkpoint(run_folder(config) / "last.pt")
     for key in ("tokenizer", "sha256"):
         if checkpoint["meta"][key] != meta[key]:
-            how = f"tokenizer was {checkpoint['meta'][key]}, --data has {meta[key]}" if key == "tokenizer" else key
+            how = f"its {key} differs"
+            if key == "tokenizer":
+                how = f"tokenizer was {checkpoint['meta'][key]}, --data has {meta[key]}"
             raise ValueError(f"the run in {run_folder(config)} was trained on another text ({how}): mend --data")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return model, optimizer, checkpoint["state"]
 
 
-def start_folder(out, config, model, meta, device, say):
-    """Make the run folder, and return the context that holds it. A run that is there is moved aside."""
-    lock = lock_folder(out)
-    if not config.resume and (out / "last.pt").exists():
-        lock.close()
-        move_aside(out, say)
-        lock = lock_folder(out)
-    about = provenance(device)
-    save_json(out / "config.json", dict(config=asdict(config), model=asdict(model.config), meta=meta, **about))
-    return lock
-
-
-def lock_folder(out):
-    """A context that holds the folder: two runs that write to one would spoil each other without a word."""
-    out.mkdir(parents=True, exist_ok=True)
-    held = ExitStack()
-    if fcntl:
-        folder = os.open(out, os.O_RDONLY)
-        held.callback(os.close, folder)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held.close()
-            raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
-        except OSError:  # a file system without locks
-            pass
-    return held
+def start_folder(out, config, model, meta, device, say, held):
+    """Make the run folder, and hold it. A run that is already there is moved aside, never overwritten."""
+    if not config.resume:
+        held.enter_context(lock_folder(out))
+        if (out / "last.pt").exists():
+            move_aside(out, say)
+            held.enter_context(lock_folder(out))
+    save_json(out / "config.json", dict(config=asdict(config), model=asdict(model.config), meta=meta,
+                                        **provenance(device)))
 
 
 def move_aside(out, say):

@@ -402,6 +402,14 @@ def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch):
     assert [[r[k] for k in keys] for r in a] == [[r[k] for k in keys] for r in b]
 
 
+def test_two_conversions_do_not_write_to_one_folder(command, tmp_path):
+    run = tmp_path / "table" / "hedgehog"
+    for held in (run, run / "finetuned"):  # by another conversion; by `train_gpt.py --resume`
+        with train_gpt.lock_folder(held), pytest.raises(ValueError, match="another run is writing"):
+            command("--no-reference")
+        assert not (run / "finetuned" / "summary.json").exists() and not run.with_name("hedgehog-1").exists()
+
+
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"]])
 def test_the_result_is_sampled_and_trained_further(command, tmp_path, flags):
     command("--no-reference", *flags)

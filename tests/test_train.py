@@ -626,14 +626,29 @@ def test_every_attention_trains_and_is_sampled(text_dir, tmp_path, attention):
     assert likeliest[0] == likeliest[1]
 
 
-def test_two_runs_do_not_write_to_one_folder(text_dir, tmp_path):
-    lock = train_gpt.lock_folder(tmp_path / "run")
-    with pytest.raises(ValueError, match="another run is writing to .*run: wait for it, or choose another --out"):
-        train(config(text_dir, tmp_path / "run"))
-    lock.close()
-    train(config(text_dir, tmp_path / "run"))
-    train(config(text_dir, tmp_path / "run"))                     # the first has let go of it, and is moved aside
-    assert (tmp_path / "run-1/summary.json").exists() and (tmp_path / "run/summary.json").exists()
+def test_two_runs_do_not_write_to_one_folder(text_dir, tmp_path, monkeypatch):
+    run, finish, tried = tmp_path / "run", train_gpt.finish, []
+
+    def full_disk(*arguments):
+        raise RuntimeError("full")
+
+    def another_starts(*arguments):  # as late as it can
+        for flags in ([], ["--resume"]) if (run / "last.pt").exists() else ():
+            with pytest.raises(ValueError, match="another run is writing to .*run: wait for it, or choose another --o"):
+                train(config(text_dir, run, *flags))
+            tried.append(flags)
+        return finish(*arguments)
+
+    monkeypatch.setattr(train_gpt, "finish", another_starts)
+    train(config(text_dir, run))
+    assert tried == [[], ["--resume"]]
+    monkeypatch.setattr(train_gpt, "finish", finish)
+    train(config(text_dir, run))                                  # the first has let go of it, and is moved aside
+    assert (tmp_path / "run-1/summary.json").exists() and (run / "summary.json").exists()
+    with pytest.raises(RuntimeError), monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "Log", full_disk)
+        train(config(text_dir, run))
+    train(config(text_dir, run))                                  # and so has one that failed
 
 
 def test_help_names_the_defaults_of_the_preset(capsys):
