@@ -42,11 +42,12 @@ MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 class ConvertConfig:
     preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "wikitext103-fast", "gpt2"))
     teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json; a run or .pt file of "
-                       "train_gpt.py. Default: runs/tiny-softmax, trained if it is not there")
-    attention: str = opt("hedgehog", "the feature map; softmax: only finetune the teacher", ATTENTIONS)
-    data: str = opt("", "folder made by data/prepare.py; default: data/pydoc, made on the fly")
-    out: str = opt("", "folder of the results; default: runs/convert-PRESET")
-    name: str = opt("", "of this conversion, its folder in --out; default: its --attention")
+                       "train_gpt.py. Empty: runs/tiny-softmax, trained if it is not there")
+    attention: str = opt("hedgehog", "the feature map, of Hedgehog's two hedgehog_exp is the better; softmax: only "
+                         "finetune the teacher", ATTENTIONS)
+    data: str = opt("", "folder made by data/prepare.py; empty: data/pydoc, made on the fly")
+    out: str = opt("", "folder of the results; empty: runs/convert-PRESET")
+    name: str = opt("", "of this conversion, its folder in --out; empty: its --attention")
     resume: bool = opt(False, "go on with the conversion in --out; flags not given are taken from it")
     reference: bool = opt(True, "first finetune the teacher as well, unless --out has such a row")
     export: str = opt("", "also write the result there, as model.safetensors and config.json")

@@ -77,9 +77,10 @@ def opt(default, help, choices=None):
 class TrainConfig:
     preset: str = opt("tiny", "named set of defaults; any flag overrides it",
                       ("tiny", "wikitext103", "wikitext103-fast"))
-    attention: str = opt("hedgehog", "softmax, or the feature map of linear attention", ATTENTIONS)
-    data: str = opt("", "folder made by data/prepare.py; default: data/pydoc, made on the fly")
-    out: str = opt("", "folder of the run; default: runs/PRESET-ATTENTION")
+    attention: str = opt("hedgehog", "softmax, or a feature map; of Hedgehog's two, hedgehog_exp is the better",
+                         ATTENTIONS)
+    data: str = opt("", "folder made by data/prepare.py; empty: data/pydoc, made on the fly")
+    out: str = opt("", "folder of the run; empty: runs/PRESET-ATTENTION")
     resume: bool = opt(False, "go on with the run in --out; flags not given are taken from it")
     # model
     n_layer: int = opt(4, "layers")
