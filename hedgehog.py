@@ -259,7 +259,7 @@ def attention_weights(q, k, causal=True, eps=1e-30):
         return divide(a, a.sum(dim=-1, keepdim=True), eps)
 
 
-FUSED_MAPS = ("hedgehog", "hedgehog_exp")  # made inside the kernels
+FUSED_MAPS = ("hedgehog", "hedgehog_exp")  # that the kernels make from raw q and k
 
 
 def fused_kernels(v, P, has_map):

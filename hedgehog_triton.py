@@ -63,7 +63,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hedgehog import safe_exp
+from hedgehog import FUSED_MAPS, safe_exp
 
 if "disable_licm" not in inspect.signature(tl.range.__init__).parameters:
     raise ImportError(f"Triton {triton.__version__} is too old for hedgehog_triton.py, which needs 3.5: "
@@ -764,7 +764,6 @@ torch.library.register_autograd("hedgehog::attention", run_backward, setup_conte
 # What hedgehog.py calls
 
 
-MAPS = ("hedgehog", "hedgehog_exp")  # that the kernels make from raw q and k
 # KiB that a program takes on a Hopper GPU, with half the features at most 64, and with more.
 SHARED = {torch.bfloat16: (96, 148), torch.float16: (136, 136), torch.float32: (136, 136)}
 
@@ -810,8 +809,8 @@ def check_inputs(q, k, v, wq, wk, bq, bk, state, kind):
         raise ValueError(f"the state must be float32, got {state.dtype}")
     if (wq is None) != (wk is None) or (bq is None) != (bk is None) or wq is None and bq is not None:
         raise ValueError("give both weights or none, and both biases or none, biases only with weights")
-    if kind not in MAPS:
-        raise ValueError(f"unknown map {kind!r}: the kernels make {' and '.join(MAPS)}, give others' features")
+    if kind not in FUSED_MAPS:
+        raise ValueError(f"unknown map {kind!r}: the kernels make {' and '.join(FUSED_MAPS)}, give others' features")
     devices = {x.device for x in (q, k, v, wq, wk, bq, bk, state) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {', '.join(map(str, devices))}")
@@ -824,9 +823,9 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
                     kind="hedgehog"):
     """Causal linear attention, with wq, wk (H, D, D) of raw q, k (B, H, T, D), without them of features (B, H, T, P).
 
-    v: (B, H, T, D), of one dtype with q and k. kind: the map that wq and wk belong to, one of MAPS. Returns y (B, H, T,
-    D), and with return_state the pair (y, state), the state being (B, H, P, D+1) in float32. Raises ValueError for what
-    does not match, and for what `unsupported` names.
+    v: (B, H, T, D), of one dtype with q and k. kind: the map that wq and wk belong to, one of FUSED_MAPS. Returns y (B,
+    H, T, D), and with return_state the pair (y, state), the state being (B, H, P, D+1) in float32. Raises ValueError
+    for what does not match, and for what `unsupported` names.
     """
     check_inputs(q, k, v, wq, wk, bq, bk, state, kind)
     if v.dtype != torch.bfloat16 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip

@@ -8,8 +8,7 @@
     torchrun --nproc-per-node 8 train_gpt.py ...           the same run on several GPUs
 
 A run is a folder: config.json, log.csv (one row an evaluation), last.pt and best.pt, summary.json. Add --resume to the
-command of a run that was stopped and it goes on along the same curve: on as many CPU
-threads to the last bit.
+command of a run that was stopped and it goes on along the same curve: on as many CPU threads to the last bit.
 """
 
 import argparse
@@ -618,15 +617,20 @@ def lock_folder(out):
     folder = os.open(out, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
-            with suppress(OSError):  # a file system without locks; BlockingIOError is told below
-                try:
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
+            flock(folder, out)
         yield
     finally:
         if fcntl:
             os.close(folder)
+
+
+def flock(folder, out):
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def holding(f):

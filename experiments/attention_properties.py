@@ -30,7 +30,7 @@ BINS = np.arange(-8, 0.5, 0.5)  # of softmax's log-weight, which is q.k / sqrt(D
 @dataclass
 class PropertiesConfig:
     teacher: str = opt("", "softmax run of train_gpt.py; default: runs/tiny-softmax, trained if it is not there")
-    data: str = opt("", "folder made by data/prepare.py; default: data/pydoc, made on the fly")
+    data: str = opt("", "folder made by data/prepare.py; empty: data/pydoc, made on the fly")
     maps: str = opt("runs/convert-tiny", "distilled maps are read from here, or made and kept here")
     distill_steps: int = opt(400, "optimizer steps of a distillation")
     distill_lr: float = opt(1e-2, "its peak learning rate")

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the top-level files are not an installed package
-from hedgehog import LinearAttention, divide, linear_attention, safe_exp  # noqa: E402
-from hedgehog_triton import MAPS, fused_attention  # noqa: E402
+from hedgehog import FUSED_MAPS, LinearAttention, divide, linear_attention, safe_exp  # noqa: E402
+from hedgehog_triton import fused_attention  # noqa: E402
 from train_gpt import provenance, save_json  # noqa: E402
 
 NAMES = ("y", "state", "dq", "dk", "dv", "dwq", "dwk", "dbq", "dbk", "dstate")
@@ -129,14 +129,14 @@ def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, kind="hedgehog", 
 
 
 def small_cases():
-    maps = itertools.product((32, 64), (bf16, fp32), (False, True), MAPS)
+    maps = itertools.product((32, 64), (bf16, fp32), (False, True), FUSED_MAPS)
     return [(1, 2, 70, D, dtype, None, 1.0, full, kind) for D, dtype, full, kind in maps] + [(1, 2, 70, 64, bf16, 128)]
 
 
 def cases():
     """Lists of cases that compile the same kernels."""
     lengths = (1, 15, 16, 17, 63, 64, 65, 127, 1000, 1024, 4096, 32768)
-    for dtype, D, full, kind in itertools.product((bf16, fp32, fp16), (64, 128, 32), (False, True), MAPS):
+    for dtype, D, full, kind in itertools.product((bf16, fp32, fp16), (64, 128, 32), (False, True), FUSED_MAPS):
         few = (17, 200, 1000) if dtype == fp16 else lengths
         # At T = 1 more sequences: a query that is nearly one feature has next to no gradient, but roundings like all.
         rows = [(1 if T > 1 else 16, 2, T, D, dtype, None, 1.0, full, kind) for T in few]
@@ -243,7 +243,7 @@ if __name__ == "__main__":
         groups = list(cases())
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
             rows = [row for group in tqdm(pool.map(check_all, groups), total=len(groups)) for row in group]
-        of_each = [partial(special, kind) for special in (split_and_resume, compiled) for kind in MAPS]
+        of_each = [partial(special, kind) for special in (split_and_resume, compiled) for kind in FUSED_MAPS]
         for special in (*of_each, past_2_to_31_elements, past_2_to_31_in_time):
             try:
                 rows.append(special())

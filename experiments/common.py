@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from convert_gpt2 import ConvertConfig, distill, find_text, load_teacher, maps_of, stage_config, swap  # noqa: E402
 from hedgehog import attention_weights  # noqa: E402
-from train_gpt import MAY_CHANGE_ON_RESUME, load_checkpoint, pick_device  # noqa: E402
+from train_gpt import MAY_CHANGE_ON_RESUME, HelpFormatter, load_checkpoint, pick_device  # noqa: E402
 
 RESULTS = HERE / "results"
 
@@ -82,13 +82,12 @@ def draw_if_possible(draw, path):
 
 def students_parser(doc, maps, distill_lr, out):
     """The flags that `teacher_and_text` and `student` need; `doc` is the script's, the others are its defaults."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=HelpFormatter)
     parser.set_defaults(seed=0)
     add = parser.add_argument
     add("teacher", nargs="?", default="", metavar="CHECKPOINT",
         help="softmax run of train_gpt.py; runs/tiny-softmax if it is left out")
-    add("--data", default="", help="folder made by data/prepare.py; default: data/pydoc, made on the fly")
+    add("--data", default="", help="folder made by data/prepare.py; empty: data/pydoc, made on the fly")
     add("--maps", default=maps, help="distilled maps are read from here, or made and kept here")
     add("--distill-steps", type=int, default=400, help="optimizer steps of a distillation")
     add("--distill-lr", type=float, default=distill_lr, help="its peak learning rate")

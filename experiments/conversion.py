@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from common import COLORS, GREY, RESULTS, bars, draw_if_possible, figure, save
-from wikitext103 import departures, number
+from wikitext103 import departures, need_summaries, number
 
 from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio
 from hedgehog import LEARNED_MAPS
@@ -138,7 +138,5 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="--out of finished conversions")
     parser.add_argument("--out", type=Path, default=RESULTS / "convert", help="folder of the results")
     args = parser.parse_args()
-    for folder in args.folders:
-        if not (folder / "summary.json").exists():
-            parser.error(f"{folder} is no --out of convert_gpt2.py: summary.json is missing there")
+    need_summaries(parser, args.folders, "--out of convert_gpt2.py")
     main(**vars(args))

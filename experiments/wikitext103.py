@@ -109,6 +109,12 @@ def perplexities(path):
          f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
 
 
+def need_summaries(parser, folders, what):
+    for folder in folders:
+        if not (folder / "summary.json").exists():
+            parser.error(f"{folder} is no {what}: summary.json is missing there")
+
+
 def main(runs, out, commit=None):
     out.mkdir(parents=True, exist_ok=True)
     path = out / "summary.json"
@@ -129,7 +135,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=RESULTS / "wikitext103", help="folder of the results")
     parser.add_argument("--commit", help="of the runs that were made where there was no git")
     args = parser.parse_args()
-    for run in args.runs:
-        if not (run / "summary.json").exists():
-            parser.error(f"{run} is no finished run of train_gpt.py: summary.json is missing there")
+    need_summaries(parser, args.runs, "finished run of train_gpt.py")
     main(**vars(args))

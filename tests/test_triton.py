@@ -68,7 +68,7 @@ def outputs_and_gradients(function, x, cotangents, **options):
     dict(B=1, H=1, T=2, D=32),
     dict(B=1, H=1, T=40, D=32, magnitude=10.0),        # u from -60 to 60: beyond 30 a key's exponential stays at e^30
 ])
-@pytest.mark.parametrize("kind", hedgehog_triton.MAPS)
+@pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
 @pytest.mark.parametrize("segmented", [False, True])
 def test_values_and_every_gradient_equal_the_definition(shape, kind, segmented, monkeypatch):
     if segmented:  # as on a GPU that a few heads cannot fill
@@ -143,7 +143,7 @@ def called(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("kind", hedgehog_triton.MAPS)
+@pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
 @pytest.mark.parametrize("options", [dict(bias=True), dict(tie_qk=True, learn_temperature=True)])
 def test_the_layer_calls_the_kernels_where_it_may(kind, options, called):
     torch.manual_seed(0)
