@@ -262,20 +262,38 @@ def attention_weights(q, k, causal=True, eps=1e-30):
 FUSED_MAPS = ("hedgehog", "hedgehog_exp")  # that the kernels make from raw q and k
 
 
-def fused_kernels(v, P, has_map):
-    """The module hedgehog_triton if it lies beside this file and can run on such tensors, else None. Says why, once."""
+def fused_kernels(v, P, has_map, say=True):
+    """The module hedgehog_triton if it lies beside this file and can run on such tensors, else None. `say` why, once."""
     if not v.is_cuda:
         return None
-    try:
+    why = why_no_kernels()
+    if why is None:
         import hedgehog_triton
-    except ImportError as e:
-        why = str(e)
-    else:
         why = hedgehog_triton.unsupported(v, P, v.shape[-1], has_map)
         if why is None:
             return hedgehog_triton
-    warnings.warn(f"linear attention runs in plain PyTorch, without the fused kernels: {why}", stacklevel=2)
+    if say:
+        say_once(f"linear attention runs in plain PyTorch, without the fused kernels: {why}")
     return None
+
+
+# torch.compile can trace neither an import that fails nor a warning. It calls these two functions as it traces.
+
+
+@torch.compiler.assume_constant_result
+def why_no_kernels():
+    try:
+        import hedgehog_triton  # noqa: F401
+    except ImportError as e:
+        return str(e)
+
+
+@torch.compiler.assume_constant_result
+def say_once(why, said=set()):
+    """`said` is one set for all calls: Python's own memory of warnings ends with any warnings.catch_warnings."""
+    if why not in said:
+        said.add(why)
+        warnings.warn(why, stacklevel=4)
 
 
 def divide(num, den, eps):
@@ -337,7 +355,8 @@ class LinearAttention(nn.Module):
         kernels, kind = None, self.map_q.kind
         has_map = kind == self.map_k.kind and kind in FUSED_MAPS
         if form == "auto" and q.dtype == k.dtype == v.dtype:
-            kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map)
+            # Not the last word: `linear_attention` asks for features alone, and says why not.
+            kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map, say=False)
         if kernels and has_map:
             return kernels.fused_attention(q, k, v, self.map_q.W(), self.map_k.W(), self.map_q.bias,
                                            self.map_k.bias, state, return_state, kind=kind)

@@ -2,7 +2,9 @@
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -139,7 +141,7 @@ def called(monkeypatch):
     """The arguments of each call of the kernels by hedgehog.py, which takes them as on a GPU."""
     calls, f = [], hedgehog_triton.fused_attention
     monkeypatch.setattr(hedgehog_triton, "fused_attention", lambda *x, **o: calls.append((x, o)) or f(*x, **o))
-    monkeypatch.setattr(hedgehog, "fused_kernels", lambda v, P, has_map: hedgehog_triton)
+    monkeypatch.setattr(hedgehog, "fused_kernels", lambda v, P, has_map, say=True: hedgehog_triton)
     return calls
 
 
@@ -166,6 +168,52 @@ def test_maps_of_two_kinds_are_not_made_in_the_kernels(called):
     q, k, v = torch.randn(3, 1, 2, 20, 32)
     torch.testing.assert_close(layer(q, k, v, "auto"), layer(q, k, v, "quadratic"), rtol=1e-4, atol=1e-5)
     assert len(called) == 1 and len(called[0][0]) == 3, "features alone"
+
+
+class OnAGPU(NamedTuple):
+    """What hedgehog.py asks a tensor when it chooses its form."""
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device = torch.device("cuda", 0)
+    is_cuda: bool = True
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """hedgehog.py decides as it would for tensors on an H100, and has given no reason yet."""
+    decide = hedgehog.fused_kernels
+
+    monkeypatch.setattr(hedgehog, "fused_kernels", lambda v, *x, **o: decide(OnAGPU(v.dtype, v.shape), *x, **o))
+    monkeypatch.setattr(hedgehog_triton, "gpu", lambda index: ((9, 0), 227))
+    monkeypatch.setattr(hedgehog.say_once, "__defaults__", (set(),))
+    torch.compiler.reset()
+
+
+def said_in(function):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        function()
+    return [str(w.message) for w in said if "plain PyTorch" in str(w.message)]
+
+
+@pytest.mark.parametrize("options, D, why", [
+    ({}, 48, "head width 48"), (dict(segment_size=8), 48, "head width 48"), (dict(kind="elu"), 16, "head width 16"),
+])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fallback_is_said_once_and_does_not_break_the_graph(options, D, why, compiled, as_on_a_gpu):
+    layer, x = LinearAttention(2, D, **options), torch.randn(3, 1, 2, 20, D)
+    run = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
+    said = said_in(lambda: torch.testing.assert_close(run(*x), layer(*x, "quadratic"), rtol=1e-4, atol=1e-5))
+    assert len(said) == 1 and why in said[0]
+    assert not said_in(lambda: (run(*x), layer(*x))), "not again, though catch_warnings has come and gone"
+
+
+def test_a_missing_triton_is_said_and_does_not_break_the_graph(as_on_a_gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hedgehog_triton", None)          # importing it raises ImportError
+    layer, x = LinearAttention(2, 32), torch.randn(3, 1, 2, 20, 32)
+    run = torch.compile(layer, fullgraph=True, backend="eager")
+    said = said_in(lambda: (run(*x), layer(*x)))
+    assert len(said) == 1 and "hedgehog_triton" in said[0]
 
 
 @pytest.mark.parametrize("change, words", [
