@@ -750,14 +750,28 @@ def run_backward(ctx, do, _, ds1):
     return (*(g if x is not None else None for g, x in zip(grads, inputs)), None, None, None)
 
 
+def no_second_derivative(ctx, *_):
+    raise NotImplementedError("the fused kernels have no second derivative: where a gradient is differentiated again "
+                              "(create_graph=True), ask for form='chunked'")
+
+
+def on_device_of_first(kernels):
+    """Triton launches on the current device, which need not be the one of the tensors."""
+    def launch(x, *others):
+        with torch.cuda.device_of(x):  # does nothing for a tensor on the CPU
+            return kernels(x, *others)
+    return launch
+
+
 # torch.library.custom_op would do this in one line, and check at each call that no output shares memory with an input,
 # which takes longer than a small forward pass.
 for name, kernels, fake in (("hedgehog::attention", attention_kernels, attention_fake),
                             ("hedgehog::attention_backward", backward_kernels, backward_fake)):
     torch.library.define(name, torch.library.infer_schema(kernels, mutates_args=()))
-    torch.library.impl(name, "default", kernels)
+    torch.library.impl(name, "default", on_device_of_first(kernels))
     torch.library.register_fake(name, fake)
 torch.library.register_autograd("hedgehog::attention", run_backward, setup_context=save_for_backward)
+torch.library.register_autograd("hedgehog::attention_backward", no_second_derivative)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The fused kernels against float64, in Triton's interpreter (conftest.py). On a GPU: experiments/check_triton.py."""
 
+import contextlib
 import importlib.util
 import sys
 import warnings
@@ -134,6 +135,29 @@ def test_the_gradient_of_the_state_may_be_in_any_layout():
     x["k"].requires_grad_()
     grads = [torch.autograd.grad(f(**x)[1].sum(), x["k"])[0] for f in (fused, exact)]     # that of a sum has no strides
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused_with_the_remedy():
+    x = make(1, 1, 20, 32)
+    q = x["q"].requires_grad_()
+    dq, = torch.autograd.grad(hedgehog_triton.fused_attention(**x).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative.*form='chunked'"):
+        (dq.square().sum() + q.sum()).backward()
+
+
+def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
+    inside, launched, segments = [], [], hedgehog_triton.segments
+
+    @contextlib.contextmanager
+    def device_of(x):
+        inside.append(x.shape)
+        yield
+        inside.pop()
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(hedgehog_triton, "segments", lambda *x: launched.append(inside[-1]) or segments(*x))
+    x = make(1, 1, 20, 32)
+    hedgehog_triton.fused_attention(**x | {"q": x["q"].requires_grad_()}).sum().backward()
+    assert launched == [x["q"].shape] * 2, "the forward and the backward pass"
 
 
 @pytest.fixture
