@@ -224,6 +224,7 @@ def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state
     check_inputs(q, k, v, form, causal, state, return_state, chunk_size)
     kernels = fused_kernels(v, q.shape[-1], has_map=False) if form == "auto" and causal else None
     if kernels:
+        q, k, v = rows_in_one_piece(q, k, v)
         return kernels.fused_attention(q, k, v, state=state, return_state=return_state, eps=eps)
     if causal and form in ("auto", "chunked") and q.shape[2] <= chunk_size and state is None and not return_state:
         form = "quadratic"  # one chunk with nothing before or after it: the state would be computed in vain
@@ -275,6 +276,11 @@ def fused_kernels(v, P, has_map, say=True):
     if say:
         say_once(f"linear attention runs in plain PyTorch, without the fused kernels: {why}")
     return None
+
+
+def rows_in_one_piece(*tensors):
+    """Copies of those whose last axis is not contiguous, as the kernels ask for."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 # torch.compile can trace neither an import that fails nor a warning. It calls these two functions as it traces.
@@ -354,10 +360,12 @@ class LinearAttention(nn.Module):
                              f"{tuple(k.shape)} and {tuple(v.shape)}")
         kernels, kind = None, self.map_q.kind
         has_map = kind == self.map_k.kind and kind in FUSED_MAPS
+        has_map = has_map and self.map_q.weight.dtype != torch.float64                    # a W that the kernels refuse
         if form == "auto" and q.dtype == k.dtype == v.dtype:
             # Not the last word: `linear_attention` asks for features alone, and says why not.
             kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map, say=False)
         if kernels and has_map:
+            q, k, v = rows_in_one_piece(q, k, v)
             return kernels.fused_attention(q, k, v, self.map_q.W(), self.map_k.W(), self.map_q.bias,
                                            self.map_k.bias, state, return_state, kind=kind)
         if kernels or form not in ("auto", "chunked") or not 0 < self.segment_size < q.shape[2]:

@@ -91,7 +91,8 @@ def store_tile(ptr, start, rows, stride, cols, n, x):
     tl.store(at, x.to(ptr.dtype.element_ty), mask=rows[:, None] < n)
 
 
-ASSEMBLY = tl.constexpr(isinstance(store_tile, triton.JITFunction))  # there is none in the interpreter
+INTERPRETED = not isinstance(store_tile, triton.JITFunction)
+ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -793,8 +794,10 @@ def unsupported(x, P, D, has_map):
     """Why the kernels cannot run on tensors like x with q (B, H, T, P) and v (B, H, T, D), or None."""
     if x.dtype not in SHARED:
         return f"dtype {x.dtype}, the kernels take bfloat16, float16 and float32"
-    if D not in (32, 64, 128) or has_map and P != D:
+    if D not in (32, 64, 128):
         return f"head width {D}, the kernels take 32, 64 and 128"
+    if has_map and P != D:
+        return f"q and k of width {P} beside v of width {D}, with the map the kernels take one width for all"
     if not has_map and P not in (32, 64, 128, 256):
         return f"feature width {P}, the kernels take 32, 64, 128 and 256"
     if x.is_cuda:
@@ -804,6 +807,8 @@ def unsupported(x, P, D, has_map):
             return f"a GPU of compute capability {capability[0]}.{capability[1]}, the kernels take 8.0 and newer"
         if shared < needed:
             return f"{shared} KiB of shared memory, the kernels take {needed} for {x.dtype} at this width"
+    elif not INTERPRETED and x.device.type != "meta":  # meta tensors have shapes, and start no kernel
+        return f"tensors on {x.device}, the kernels take those on a GPU: form='chunked' runs anywhere"
     return None
 
 
@@ -814,13 +819,18 @@ def check_inputs(q, k, v, wq, wk, bq, bk, state, kind):
                          f"{tuple(k.shape)} and {tuple(v.shape)}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    H, D, P = q.shape[1], v.shape[-1], q.shape[-1] * (1 if wq is None else 2)
-    shapes = dict(wq=(H, D, D), wk=(H, D, D), bq=(H, D), bk=(H, D), state=(q.shape[0], H, P, D + 1))
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        raise ValueError(f"the last axis of q, k and v must be contiguous, got strides {q.stride()}, {k.stride()} and "
+                         f"{v.stride()}: call contiguous() on them")
+    B, H, _, W = q.shape
+    P, D = W * (1 if wq is None else 2), v.shape[-1]
+    shapes = dict(wq=(H, W, W), wk=(H, W, W), bq=(H, W), bk=(H, W), state=(B, H, P, D + 1))
     for (name, shape), x in zip(shapes.items(), (wq, wk, bq, bk, state)):
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
-    if state is not None and state.dtype != torch.float32:
-        raise ValueError(f"the state must be float32, got {state.dtype}")
+        dtypes = [torch.float32] if name == "state" else list(SHARED)
+        if x is not None and x.dtype not in dtypes:
+            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {x.dtype}")
     if (wq is None) != (wk is None) or (bq is None) != (bk is None) or wq is None and bq is not None:
         raise ValueError("give both weights or none, and both biases or none, biases only with weights")
     if kind not in FUSED_MAPS:
@@ -828,7 +838,7 @@ def check_inputs(q, k, v, wq, wk, bq, bk, state, kind):
     devices = {x.device for x in (q, k, v, wq, wk, bq, bk, state) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {', '.join(map(str, devices))}")
-    why = unsupported(v, q.shape[-1], D, wq is not None)
+    why = unsupported(v, W, D, wq is not None)
     if why:
         raise ValueError(f"hedgehog_triton cannot run this: {why}")
 
@@ -837,16 +847,17 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
                     kind="hedgehog"):
     """Causal linear attention, with wq, wk (H, D, D) of raw q, k (B, H, T, D), without them of features (B, H, T, P).
 
-    v: (B, H, T, D), of one dtype with q and k. kind: the map that wq and wk belong to, one of FUSED_MAPS. Returns y (B,
-    H, T, D), and with return_state the pair (y, state), the state being (B, H, P, D+1) in float32. Raises ValueError
-    for what does not match, and for what `unsupported` names.
+    v: (B, H, T, D), of one dtype with q and k. They may be views, such as heads of one projection, but the last axis is
+    contiguous. kind: the map that wq and wk belong to, one of FUSED_MAPS. Returns y (B, H, T, D), and with return_state
+    the pair (y, state), the state being (B, H, P, D+1) in float32. Raises ValueError for what does not match, and for
+    what `unsupported` names.
     """
     check_inputs(q, k, v, wq, wk, bq, bk, state, kind)
     if v.dtype != torch.bfloat16 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
         q, k = phi(q, wq, bq, kind, is_query=True), phi(k, wk, bk, kind)
         wq = wk = bq = bk = None
     # The kernels count within a chunk in 32 bits, from chunk to chunk in 64.
-    q, k, v = (x if x.stride(-1) == 1 and x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
     wq, wk, bq, bk, state = (x if x is None else x.contiguous() for x in (wq, wk, bq, bk, state))
     y, _, state = torch.ops.hedgehog.attention(q, k, v, wq, wk, bq, bk, state, return_state, eps, kind)
     return (y, state) if return_state else y

@@ -232,6 +232,21 @@ def test_a_fallback_is_said_once_and_does_not_break_the_graph(options, D, why, c
     assert not said_in(lambda: (run(*x), layer(*x))), "not again, though catch_warnings has come and gone"
 
 
+@pytest.mark.parametrize("change", [
+    lambda layer, q, k, v: (q, k, torch.cat((v, v), -1)),              # v of another width: features go to the kernels
+    lambda layer, q, k, v: (q, k, v.mT.contiguous().mT),               # a last axis that is not contiguous
+    lambda layer, q, k, v: setattr(layer.map_k, "kind", "hedgehog_exp") or (q, k, v.mT.contiguous().mT),   # and both
+    lambda layer, q, k, v: layer.double() and (q, k, v),
+])
+def test_where_the_kernels_can_run_in_the_end_the_layer_runs_them_in_silence(change, as_on_a_gpu, monkeypatch):
+    calls, f = [], hedgehog_triton.fused_attention
+    monkeypatch.setattr(hedgehog_triton, "fused_attention", lambda *x, **o: calls.append(x) or f(*x, **o))
+    layer = LinearAttention(2, 32)
+    x = change(layer, *torch.randn(3, 1, 2, 20, 32))
+    assert not said_in(lambda: torch.testing.assert_close(layer(*x), layer(*x, "quadratic"), rtol=1e-4, atol=1e-5))
+    assert len(calls) == 1
+
+
 def test_a_missing_triton_is_said_and_does_not_break_the_graph(as_on_a_gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "hedgehog_triton", None)          # importing it raises ImportError
     layer, x = LinearAttention(2, 32), torch.randn(3, 1, 2, 20, 32)
@@ -247,7 +262,13 @@ def test_a_missing_triton_is_said_and_does_not_break_the_graph(as_on_a_gpu, monk
     (dict(wq=torch.zeros(2, 32, 16)), "wq must be"),
     (dict(wk=None), "both weights"),
     (dict(bq=torch.zeros(2, 32)), "both biases"),
-    (dict(state=torch.zeros(1, 2, 64, 33).half()), "must be float32"),
+    (dict(state=torch.zeros(1, 2, 64, 33).half()), "state must be torch.float32, got torch.float16"),
+    (dict(wq=torch.eye(32).expand(2, 32, 32).double()), "wq must be torch.bfloat16 or .* got torch.float64"),
+    (dict(wk=torch.eye(32).expand(2, 32, 32).long()), "wk must be .* got torch.int64"),
+    (dict(bq=torch.zeros(2, 32).int(), bk=torch.zeros(2, 32)), "bq must be .* got torch.int32"),
+    (dict(v=torch.zeros(1, 2, 5, 64)), "q and k of width 32 beside v of width 64"),
+    (dict(k=torch.zeros(1, 2, 32, 5).mT), r"last axis .* got strides .*call contiguous\(\)"),
+    (dict(v=torch.zeros(1, 2, 5, 1).expand(1, 2, 5, 32)), "last axis"),
     ({x: torch.zeros(1, 2, 5, 48) for x in "qkv"} | {w: torch.zeros(2, 48, 48) for w in ("wq", "wk")}, "width 48"),
     ({name: torch.zeros(1, 2, 5, 32).double() for name in "qkv"}, "dtype torch.float64"),
     (dict(v=torch.zeros(1, 2, 5, 32, device="meta")), "one device"),
@@ -256,3 +277,20 @@ def test_a_missing_triton_is_said_and_does_not_break_the_graph(as_on_a_gpu, monk
 def test_bad_input_is_told_before_a_kernel_starts(change, words):
     with pytest.raises(ValueError, match=words):
         hedgehog_triton.fused_attention(**make(1, 2, 5, 32) | change)
+
+
+def test_tensors_on_the_cpu_are_refused_outside_the_interpreter(monkeypatch):
+    monkeypatch.setattr(hedgehog_triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="tensors on cpu.*form='chunked'"):
+        hedgehog_triton.fused_attention(**make(1, 2, 5, 32))
+
+
+@pytest.mark.parametrize("gpu, dtype, words", [
+    (((7, 5), 64), torch.float16, "compute capability 7.5, the kernels take 8.0 and newer"),
+    (((8, 6), 99), torch.float32, "99 KiB of shared memory, the kernels take 136 for torch.float32"),
+    (((8, 6), 99), torch.bfloat16, None),
+])
+def test_a_gpu_too_old_or_too_small_is_told(gpu, dtype, words, monkeypatch):
+    monkeypatch.setattr(hedgehog_triton, "gpu", lambda index: gpu)
+    why = hedgehog_triton.unsupported(OnAGPU(dtype, (1, 2, 5, 64)), 64, 64, has_map=True)
+    assert why is None if words is None else words in why
