@@ -150,6 +150,14 @@ def at_least_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def as_autocast(*tensors):
+    """In the dtype of torch.autocast where that is on, but for float64: so PyTorch's softmax attention takes them."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # there is none for meta
+        return tensors
+    return [x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear attention, four ways to the same numbers. q, k: (B, H, T, P), after the map. v: (B, H, T, D+1), its last column
 # ones, so that the denominator is one more output column and takes the same path as the numerator.
@@ -335,8 +343,9 @@ class LinearAttention(nn.Module):
     """The two maps and the causal sum, from raw q, k, v (B, H, T, D) to y (B, H, T, D). Put this into your own model.
 
     q and k come as they are: after a rotary embedding if there is one, and without the 1 / sqrt(D) of softmax. y has
-    the dtype of v, whatever q and k are in. q and k have a map each; `tie_qk` shares one, and so do the kinds that
-    learn nothing (performer needs the same w_i for both).
+    the dtype of v, whatever q and k are in. Under torch.autocast q, k and v are cast first, as for softmax attention,
+    in every form; W and the state are not. q and k have a map each; `tie_qk` shares one, and so do the kinds that learn
+    nothing (performer needs the same w_i for both).
 
     Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
     segments is kept, and the backward pass recomputes the features of one segment at a time. That takes about the
@@ -358,6 +367,7 @@ class LinearAttention(nn.Module):
         if q.ndim != 4 or q.shape[1::2] != (H, D) or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
             raise ValueError(f"expected q and k (B, {H}, T, {D}) and v (B, {H}, T, any), got {tuple(q.shape)}, "
                              f"{tuple(k.shape)} and {tuple(v.shape)}")
+        q, k, v = as_autocast(q, k, v)
         kernels, kind = None, self.map_q.kind
         has_map = kind == self.map_k.kind and kind in FUSED_MAPS
         has_map = has_map and self.map_q.weight.dtype != torch.float64                    # a W that the kernels refuse

@@ -63,7 +63,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hedgehog import FUSED_MAPS, safe_exp
+from hedgehog import FUSED_MAPS, as_autocast, safe_exp
 
 if "disable_licm" not in inspect.signature(tl.range.__init__).parameters:
     raise ImportError(f"Triton {triton.__version__} is too old for hedgehog_triton.py, which needs 3.5: "
@@ -851,7 +851,11 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
     contiguous. kind: the map that wq and wk belong to, one of FUSED_MAPS. Returns y (B, H, T, D), and with return_state
     the pair (y, state), the state being (B, H, P, D+1) in float32. Raises ValueError for what does not match, and for
     what `unsupported` names.
+    Under torch.autocast raw q, k and v are cast, as for softmax attention; weights and state are not, nor features,
+    which may span more than float16 can.
     """
+    if wq is not None:
+        q, k, v = as_autocast(q, k, v)
     check_inputs(q, k, v, wq, wk, bq, bk, state, kind)
     if v.dtype != torch.bfloat16 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
         q, k = phi(q, wq, bq, kind, is_query=True), phi(k, wk, bk, kind)
@@ -864,8 +868,9 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
 
 
 def phi(x, w, b, kind="hedgehog", is_query=False):
-    u = x.to(w.dtype) @ w
-    u = u if b is None else u + b.unsqueeze(-2)
-    if kind == "hedgehog_exp":
-        return safe_exp(torch.cat((u, -u), dim=-1), is_query)
-    return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)
+    with torch.autocast(x.device.type, enabled=False):
+        u = x.to(w.dtype) @ w
+        u = u if b is None else u + b.unsqueeze(-2)
+        if kind == "hedgehog_exp":
+            return safe_exp(torch.cat((u, -u), dim=-1), is_query)
+        return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)

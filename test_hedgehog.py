@@ -409,14 +409,17 @@ def test_a_layer_in_half_precision_maps_and_sums_in_float32(kind):
 
 @each_map
 @each_form
-def test_autocast_changes_no_bit(kind, form):
+def test_autocast_casts_q_k_and_v_as_for_softmax_and_changes_no_other_bit(kind, form):
     module, (q, k, v) = layer(kind, dtype=torch.float32, segment_size=24), normal(65, dtype=torch.float32)
 
     def run(autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y, weights = module(q, k, v, form), attention_weights(module.map_q(q), module.map_q(k))
+            y = module(*(x if autocast else x.bfloat16() for x in (q, k, v)), form)
+            weights = attention_weights(module.map_q(q), module.map_q(k))
         return {**with_gradients(y, q=q, k=k, v=v), "weights": weights}
-    assert_close(run(True), run(False), **EXACTLY)
+    results = run(True)
+    assert results["y"].dtype == torch.bfloat16 and results["weights"].dtype == torch.float32
+    assert_close(results, run(False), **EXACTLY)
 
 
 @pytest.mark.parametrize("form", ["cumsum", "chunked", "recurrent"])
