@@ -272,7 +272,7 @@ FUSED_MAPS = ("hedgehog", "hedgehog_exp")  # that the kernels make from raw q an
 
 
 def fused_kernels(v, P, has_map, say=True):
-    """The module hedgehog_triton if it lies beside this file and can run on such tensors, else None. `say` why, once."""
+    """The module hedgehog_triton if it lies beside this file and can run on such tensors, else None; `say` why."""
     if not v.is_cuda:
         return None
     why = why_no_kernels()

@@ -5,9 +5,11 @@
 
 Writes a list of rows, one for each form, T and pass. "forward" runs without gradients; "forward+backward" gives the
 gradients of q, k, v and of the maps' weights. All forms at one T take turns, so that a drift of the machine hits all
-alike; `ms` is the median. `peak_mib` is what the pass allocates at its worst moment, beyond its inputs.
+alike; `ms` is the median. `peak_mib` is what the pass allocates at its worst moment, beyond its inputs; of a token that
+is generated, beyond the model and the past, whose size is `state_bytes_per_layer`.
 
-Other libraries join when they can be imported, with our feature map, after a check that they compute the same:
+Other libraries join when they can be imported, with our feature map in front (`map` in their rows), after a check that
+they compute the same:
 pytorch-fast-transformers (CPU; build it with `pip install --no-build-isolation pytorch-fast-transformers`, on a machine
 with the CUDA compiler only after `nvcc` is off the PATH) and flash-linear-attention (`pip install --no-deps
 flash-linear-attention fla-core einops`: on the CPU its plain PyTorch reference, on CUDA its Triton kernels).
@@ -17,6 +19,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
@@ -41,6 +44,13 @@ MIB = 2**20
 PAIRS = (("fused", "softmax"), ("fused", "fla"), ("fused", "chunked"), ("chunked", "softmax"),
          ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"), ("chunked", "fla reference"),
          ("chunked", "fla"))
+# Whose map, made where. flash-linear-attention's own (fla.modules.feature_map) is another function: one softmax of both
+# halves, one W for all heads.
+MAPS = {"fused": "in the kernels", "fla": "ours, by torch.compile, in front of their kernels",
+        "fla, features given": "none: q and k are features, of width 2D",
+        "fla reference": "ours, in plain PyTorch, in front", "fast-transformers": "ours, in plain PyTorch, in front"}
+PACKAGES = {"fused": ["triton"], "fla": ["triton", "flash-linear-attention", "fla-core"],
+            "fla reference": ["flash-linear-attention", "fla-core"], "fast-transformers": ["pytorch-fast-transformers"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,6 +136,17 @@ def fla_kernels(layer):
         return chunk_linear_attn(q, k, v, scale=1.0, normalize=True)[0]
     attend_features.takes_features = True
     return {"fla": attend, "fla, features given": attend_features}
+
+
+def origin(form):
+    """For a row: where its map is made, and the versions of what made it beside PyTorch."""
+    name = form.removeprefix("gpt, ")
+    names = (name, name.split(",")[0])
+    found = dict(map=next((MAPS[n] for n in names if n in MAPS), None))
+    for package in next((PACKAGES[n] for n in names if n in PACKAGES), ()):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return {key: value for key, value in found.items() if value}
 
 
 def held_bytes(form, B, H, T, D, itemsize):
@@ -244,7 +265,8 @@ def measure(T, args, common):
                 ms[name].append(time_ms(run, device))
         for name, run in runs.items():
             row = {"form": name, "T": T, "pass": name_of_pass, "ms": statistics.median(ms[name]),
-                   "ms_min": min(ms[name]), "peak_mib": peak_mib(run, device), "B": B, "repeats": repeats, **common}
+                   "ms_min": min(ms[name]), "peak_mib": peak_mib(run, device), "B": B, "repeats": repeats, **common,
+                   **origin(name)}
             if formulas[name]:
                 row["formula_mib"] = formulas[name] / MIB
             rows.append(row)
@@ -255,24 +277,46 @@ def measure(T, args, common):
     return rows
 
 
+def pasts_that_fit(batch, n_layer, steps, args):
+    """Those positions of args.decode whose keys and values fit on the GPU together, the shortest first."""
+    room, pasts = torch.cuda.mem_get_info()[0] * 0.8 if args.device == "cuda" else float("inf"), []
+    for p in sorted(args.decode):
+        numbers = 2 * n_layer * batch * (p + steps) * args.heads * args.dim
+        keys_and_values = numbers * getattr(torch, args.dtype).itemsize
+        if keys_and_values > room:
+            print(f"batch {batch}: without position {p}, whose {keys_and_values / 2**30:.0f} GiB of keys and values do "
+                  "not fit beside the others'")
+        else:
+            pasts.append(p)
+            room -= keys_and_values
+    return pasts
+
+
 @torch.no_grad()
 def measure_decoding(batch, args, common):
     """Time for one token after a past of p tokens, by a GPT of two layers; all pasts and both attentions take turns.
 
-    On CUDA this is the GPU's own time, launches hidden. Softmax gets FlashAttention there: with torch's default backend
-    every key length took 15 to 30 ms a layer the first time and 0.06 ms the second (H100, torch 2.11; cuDNN's plans, it
-    seems), and in generation every length is new.
+    The past is random numbers, and softmax's buffers are as long as it is: a prompt of 64 times 64,000 tokens would
+    need more memory than its keys and values. On CUDA this is the GPU's own time, launches hidden. Softmax gets
+    FlashAttention there: with torch's default backend every key length took 15 to 30 ms a layer the first time and
+    0.06 ms the second (H100, torch 2.11; cuDNN's plans, it seems), and in generation every length is new.
     """
+    H, D, n_layer, steps = args.heads, args.dim, 2, args.warmup + args.decode_tokens + 1
     sequences, backend = [], [SDPBackend.FLASH_ATTENTION] if args.device == "cuda" else None
+    pasts = pasts_that_fit(batch, n_layer, steps, args)
     for form, attention in (("hedgehog decode", "hedgehog"), ("softmax decode (kv cache)", "softmax")):
         torch.manual_seed(0)
-        pasts = [p for p in args.decode if batch * p <= 2**21]  # more is left out: the prompts alone fill a GPU
-        block_size = max(10240, max(pasts, default=0) + args.decode_tokens + args.warmup)
-        model = GPT(GPTConfig(block_size, vocab_size=256, n_layer=2, n_head=args.heads, n_embd=args.heads * args.dim,
+        model = GPT(GPTConfig(max(pasts, default=0) + steps, vocab_size=256, n_layer=n_layer, n_head=H, n_embd=H * D,
                               attention=attention)).to(args.device, getattr(torch, args.dtype)).eval()
+        weight = model.lm_head.weight
         for p in pasts:
             cache = model.new_cache()
-            model(torch.randint(256, (batch, p), device=args.device), cache=cache)
+            for layer in cache:
+                if attention == "softmax":
+                    layer |= {name: weight.new_empty(batch, H, p + steps, D).normal_() for name in ("k", "v")}
+                else:
+                    layer["state"] = torch.rand(batch, H, 2 * D, D + 1, device=args.device)
+                layer["offset"] = p
             sequences.append((form, p, model, cache, []))
     token = torch.randint(256, (batch, 1), device=args.device)
     for i in range(args.warmup + args.decode_tokens):
@@ -282,10 +326,12 @@ def measure_decoding(batch, args, common):
     rows = []
     for form, p, model, cache, ms in sequences:
         held = sum(x.nbytes for x in cache[0].values() if torch.is_tensor(x))
-        used = held if "hedgehog" in form else held * p // model.config.block_size
+        used = held if "hedgehog" in form else held * p // (p + steps)
+        with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+            peak = peak_mib(lambda: model(token, cache=cache), args.device)
         rows.append({"form": form, "T": p, "pass": "decode", "ms": statistics.median(ms[args.warmup:]),
-                     "state_bytes_per_layer": used, "allocated_bytes_per_layer": held, "n_layer": 2,
-                     "B": batch, "repeats": args.decode_tokens, **common})
+                     "peak_mib": peak, "state_bytes_per_layer": used, "allocated_bytes_per_layer": held,
+                     "n_layer": n_layer, "B": batch, "repeats": args.decode_tokens, **common})
         if backend and "softmax" in form:
             rows[-1]["backend"] = "flash"
     return rows
@@ -325,7 +371,7 @@ def measure_training(T, args, common):
         models.append(model)
         weights = sum(p.nbytes for p in model.parameters())
         rows.append({"form": f"gpt, {name}", "T": T, "pass": "training step", "B": idx.shape[0], "n_layer": n_layer,
-                     "vocabulary": vocab, "repeats": args.train_steps, **common,
+                     "vocabulary": vocab, "repeats": args.train_steps, **common, **origin(name),
                      "peak_mib": peak_mib(step, device) + 3 * weights / MIB})  # and AdamW's two moments
     seconds = {name: [] for name in steps}
     for _ in range(args.warmup + args.train_steps):
@@ -361,7 +407,9 @@ def findings(rows):
         if ratio:
             slower = max((T for T in ratio if ratio[T] <= 1), default=0)
             crossover = min((T for T in ratio if T > slower), default=None)
-            said.append(f"{name}: {form} against {other}: " + ", ".join(f"{r:.2f}x at T={T}" for T, r in ratio.items())
+            whose = f" (the map {MAPS[other]})" if other.startswith("fla") else ""
+            said.append(f"{name}: {form} against {other}{whose}: "
+                        + ", ".join(f"{r:.2f}x at T={T}" for T, r in ratio.items())
                         + (f"; faster from T={crossover} on" if crossover else f"; not faster at T={slower}"))
     mib = {(f, T): r["peak_mib"] for (f, T, n), r in at.items() if n == "forward+backward"}
     for form in ("chunked", "chunked, all kept", "cumsum"):

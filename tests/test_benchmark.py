@@ -34,7 +34,7 @@ def test_every_row_says_what_was_measured_and_how(rows):
     for row in rows:
         assert {"form", "T", "pass", "ms", "B", "H", "D", "dtype", "threads", "repeats", "device", "torch", "command",
                 "commit", "date"} <= row.keys()
-        assert row["ms"] > 0 and ("state_bytes_per_layer" if row["pass"] == "decode" else "peak_mib") in row
+        assert row["ms"] > 0 and row["peak_mib"] > 0 and (row["pass"] != "decode" or "state_bytes_per_layer" in row)
     measured = {(row["form"], row["T"], row["pass"]) for row in rows}
     assert len(measured) == len(rows)
     assert measured >= {(form, T, name) for form in ("softmax", "chunked", "chunked, all kept", "cumsum", "quadratic")
@@ -46,6 +46,40 @@ def test_generation_keeps_the_bytes_that_the_formula_says(rows):
     H, D = 2, 8
     assert held["hedgehog decode", 5] == held["hedgehog decode", 10] == 4 * H * 2 * D * (D + 1)
     assert [held["softmax decode (kv cache)", p] for p in (5, 10)] == [4 * 2 * H * D * p for p in (5, 10)]
+
+
+def test_a_past_that_is_filled_in_is_as_long_as_it_says(monkeypatch):
+    args = benchmark.parse([*TOY, "--decode", "5", "12"])
+    caches, f = [], benchmark.GPT.forward
+    monkeypatch.setattr(benchmark.GPT, "forward", lambda self, x, cache: caches.append(cache) or f(self, x, None, cache))
+    rows = benchmark.measure_decoding(3, args, {})
+    assert [(row["T"], row["B"]) for row in rows] == [(5, 3), (12, 3)] * 2
+    steps = args.warmup + args.decode_tokens + 1
+    for row, cache in zip(rows, caches, strict=False):                # the first token of each sequence
+        assert [layer["offset"] for layer in cache] == [row["T"] + steps] * 2
+        for x in cache[0].values():
+            assert not torch.is_tensor(x) or x.isfinite().all()
+
+
+def test_pasts_whose_keys_and_values_do_not_fit_together_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = benchmark.parse(["--device", "cuda"])
+    assert [benchmark.pasts_that_fit(batch, 2, 63, args) for batch in (1, 64)] == [[1000, 4000, 16000, 64000]] * 2
+    assert benchmark.pasts_that_fit(256, 2, 63, args) == [1000, 4000, 16000]
+    assert "without position 64000, whose 94 GiB" in capsys.readouterr().out
+
+
+def test_rows_say_whose_map_and_with_which_versions(monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.metadata, "version", lambda package: f"1 of {package}")
+    assert benchmark.origin("chunked") == {}
+    assert benchmark.origin("gpt, fused, hedgehog_exp") == {"map": "in the kernels", "triton": "1 of triton"}
+    fla, given = benchmark.origin("fla"), benchmark.origin("fla, features given")
+    assert "ours, by torch.compile" in fla["map"] and "none" in given["map"]
+    assert fla["flash-linear-attention"] == given["flash-linear-attention"] == "1 of flash-linear-attention"
+    made = [{"form": form, "T": 64, "pass": "forward", "ms": 1.0, "B": 1, "peak_mib": 1.0} for form in ("fused", "fla")]
+    assert "fused against fla (the map ours, by torch.compile, in front of their kernels): 1.00x" in "\n".join(
+        benchmark.findings(made))
 
 
 def test_findings_are_computed_from_the_rows():
