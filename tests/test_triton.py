@@ -21,7 +21,9 @@ import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import check_triton
 import hedgehog
 import hedgehog_triton
 from hedgehog import LinearAttention, linear_attention, safe_exp
@@ -209,6 +211,16 @@ def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
     x = make(1, 1, 20, 32)
     hedgehog_triton.fused_attention(**x | {"q": x["q"].requires_grad_()}).sum().backward()
     assert launched == [x["q"].shape] * 2, "the forward and the backward pass"
+
+
+@pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
+def test_what_a_gpu_is_checked_against_is_the_definition(kind):
+    x = {name: value.double() for name, value in make(2, 3, 50, 8, state=True, bias=True).items()}
+    cotangents = torch.randn(2, 3, 50, 8).double(), torch.randn(2, 3, 16, 9).double()
+    definition = outputs_and_gradients(exact, x, cotangents, kind=kind)
+    for rows in (50, 7):                                                # in one block and in eight
+        reference = outputs_and_gradients(check_triton.exact, x, cotangents, kind=kind, numbers=2 * 3 * 50 * rows)
+        torch.testing.assert_close(reference, definition)
 
 
 @pytest.fixture
