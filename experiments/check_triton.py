@@ -176,6 +176,7 @@ def check_all(rows):
         except Exception as e:  # the others are still worth knowing
             out.append(dict(case=str(case), ok=False, worst=f"{type(e).__name__}: {str(e)[:300]}", identical=None,
                             errors={}))
+        torch.cuda.empty_cache()  # float64 references take several GiB, and each worker would keep them
     return out
 
 
