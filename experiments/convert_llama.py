@@ -123,10 +123,12 @@ def state_layer(cache, index):
         cache.layers.append(StateLayer())
     if type(cache.layers[index]) is DynamicLayer and not cache.layers[index].get_seq_length():
         cache.layers[index] = StateLayer()
-    if not isinstance(cache.layers[index], StateLayer):
-        raise ValueError("linear attention keeps its state in an empty cache of the default kind (DynamicCache), and "
-                         f"cannot continue one of {type(cache.layers[index]).__name__} that holds keys of softmax")
-    return cache.layers[index]
+    layer = cache.layers[index]
+    if not isinstance(layer, StateLayer):
+        why = ("continue one that holds keys of softmax: start with an empty one" if layer.get_seq_length() else
+               f"use one of {type(layer).__name__}: leave out cache_implementation, or pass an empty DynamicCache()")
+        raise ValueError(f"linear attention keeps its state in a cache of the default kind, and cannot {why}")
+    return layer
 
 
 def visible_keys(mask, position_ids, T, past, check=True):
@@ -135,21 +137,42 @@ def visible_keys(mask, position_ids, T, past, check=True):
     The mask is None, (B, S) of flash attention, or (B, 1, T, S), bool (sdpa) or 0 and -inf (eager), S = past + T. The
     last query sees every key but padding, so its row tells the padding. `check`: refuse a mask that holds more.
     """
-    keys, honoured = None, isinstance(mask, torch.Tensor) and mask.shape[-1] == past + T
+    keys, why = None, ""
     if mask is None:  # positions that start again are packed sequences, of which flash attention has no mask
-        honoured = not check or position_ids is None or bool((position_ids.diff(dim=-1) == 1).all())
-    elif honoured and mask.ndim == 2:
+        if check and position_ids is not None and (position_ids.diff(dim=-1) != 1).any():
+            why = "position_ids that do not count up by one, as those of packed sequences"
+    elif not isinstance(mask, torch.Tensor):
+        why = f"the {type(mask).__name__} of flex_attention"
+    elif mask.shape[-1] != past + T:
+        why = f"a mask of {mask.shape[-1]} keys where there are {past + T}"
+    elif mask.ndim == 2:
         keys = mask[:, -T:].bool()
-    elif honoured:
+    else:
         seen, hidden = (mask, ~mask) if mask.dtype == torch.bool else (mask == 0, mask < -1e4)
         keys = seen[:, 0, -1, -T:]
-        if check:
-            expected = torch.ones_like(seen[0, 0]).tril(past) & seen[:, :1, -1:]          # (B, 1, T, S)
-            honoured = ((seen == expected) & (hidden != expected)).all()
-    if not honoured:
-        raise ValueError("linear attention can leave out padding, and nothing else that a mask may hide or weigh: no "
-                         "sliding window, packed sequences, prefix, bias (ALiBi), flex_attention or static cache")
+        why = more_than_padding(seen, hidden, past) if check else ""
+    if why:
+        raise ValueError(f"linear attention can leave out padding and nothing else, and so cannot honour {why}: load "
+                         'the model with attn_implementation "sdpa" or "eager" and give it nothing but a (B, S) mask '
+                         "of padding, or swap_back(model)")
     return keys
+
+
+def more_than_padding(seen, hidden, past):
+    """What a causal mask (B, 1 or H, T, S) holds besides padding, in words; "" if nothing."""
+    causal = torch.ones_like(seen[0, 0]).tril(past)                                       # (T, S)
+    expected = causal & seen[:, :1, -1:]                                                  # (B, 1, T, S)
+    if ((seen == expected) & (hidden != expected)).all():
+        return ""
+    if (seen == hidden).any():
+        return "a bias on q.k (ALiBi)"
+    if (seen != seen[:, :1]).any():
+        return "a mask that differs from head to head"
+    if (seen & ~causal).any():
+        return "a mask that shows a token later ones (a prefix)"
+    if (seen[..., 1:, 1:] == seen[..., :-1, :-1]).all():
+        return "a sliding window"
+    return "a mask that hides tokens from some later ones (packed sequences, or a sliding window beside padding)"
 
 
 class HedgehogLlamaAttention(LlamaAttention):
@@ -200,6 +223,8 @@ def grouped_attention(q, k, v, state=None, eps=1e-30):
 
 
 def llama_layers(model):
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("a PeftModel hides the layers: swap(model) before get_peft_model, or pass get_base_model()")
     layers = getattr(getattr(model, "model", None), "layers", [])
     if not layers or not all(isinstance(layer.self_attn, LlamaAttention) for layer in layers):
         raise ValueError(f"{type(model).__name__} is not of the Llama architecture; supported is LlamaForCausalLM of "
@@ -216,16 +241,20 @@ def swap(model, kind="hedgehog", **map_options):
     """
     if kind not in MAPS:
         raise ValueError(f"{kind!r} is not a map of single heads and positions: choose one of {', '.join(MAPS)}")
-    for layer in llama_layers(swap_back(model)):
-        attention = layer.self_attn
-        weight, D = attention.k_proj.weight, attention.head_dim
-        H, K = model.config.num_attention_heads, model.config.num_key_value_heads
-        if weight.shape[0] != K * D:
-            raise ValueError(f"a head width that does not match: {K} heads of {D} are not the {weight.shape[0]} keys")
-        attention.__class__ = HedgehogLlamaAttention
+    layers, maps = llama_layers(model), []
+    H, K = model.config.num_attention_heads, model.config.num_key_value_heads
+    for i, layer in enumerate(layers):  # all of them before the first is changed
+        attention, weight = layer.self_attn, layer.self_attn.k_proj.weight
+        D, rows = attention.head_dim, (attention.q_proj.out_features, attention.k_proj.out_features)
+        if rows != (H * D, K * D) or H % K:
+            raise ValueError(f"a head width that does not match: {H} and {K} heads of {D} are not layer {i}'s "
+                             f"{rows[0]} queries and {rows[1]} keys: load the model with the config it was saved with")
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        attention.map_q = FeatureMap(H, D, kind, **map_options).to(weight.device, dtype)
-        attention.map_k = FeatureMap(K, D, kind, **map_options).to(weight.device, dtype)
+        maps.append([FeatureMap(n, D, kind, **map_options).to(weight.device, dtype) for n in (H, K)])
+    swap_back(model)
+    for layer, (map_q, map_k) in zip(layers, maps):
+        layer.self_attn.__class__ = HedgehogLlamaAttention
+        layer.self_attn.map_q, layer.self_attn.map_k = map_q, map_k
     model.model.position_hook = model.model.register_forward_pre_hook(count_positions, with_kwargs=True)
     return model
 
@@ -245,6 +274,8 @@ def swap_back(model):
 def count_positions(module, args, kwargs):
     """Before LlamaModel.forward: position_ids from a (B, S) attention_mask, unless they are given."""
     kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+    if kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)):
+        raise ValueError("linear attention forms no weights: leave out output_attentions, or swap_back(model)")
     mask = kwargs.get("attention_mask")
     if kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
         T = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None).shape[1]

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import convert_llama
+import peft
 import transformers
 from convert_gpt2 import maps_of
 from convert_llama import LlamaConfig, swap, swap_back
@@ -204,7 +206,7 @@ def test_generate_writes_with_the_state_what_it_writes_without_a_cache(options):
 def test_a_state_continues_no_keys_and_forgets_nothing():
     model, ids, cache = tiny(kind=None), some_ids(), transformers.DynamicCache()
     step(model, ids, cache)
-    with pytest.raises(ValueError, match="cannot continue one of DynamicLayer that holds keys of softmax"):
+    with pytest.raises(ValueError, match="cannot continue one that holds keys of softmax: start with an empty one"):
         step(swap(model), ids, cache)
     cache = transformers.DynamicCache()
     step(model, ids, cache)
@@ -213,8 +215,19 @@ def test_a_state_continues_no_keys_and_forgets_nothing():
     assert not cache.is_croppable
     with pytest.raises(ValueError, match="which softmax cannot continue"):
         step(swap_back(model), ids, cache)
-    with pytest.raises(ValueError, match="default kind"):
+    with pytest.raises(ValueError, match="cannot use one of StaticLayer: leave out cache_implementation, or pass an "
+                                         r"empty DynamicCache\(\)"):
         swap(model).generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
+
+
+def test_weights_that_are_never_formed_are_not_given_out():
+    model, ids = tiny(implementation="eager"), some_ids()
+    for options in (dict(output_attentions=True), {}):
+        model.config.output_attentions = not options
+        with pytest.raises(ValueError, match=r"leave out output_attentions, or swap_back\(model\)"):
+            logits(model, ids, **options)
+    logits(model, ids, output_attentions=False)
+    assert len(swap_back(model)(input_ids=ids).attentions) == 2
 
 
 def test_the_rows_of_a_cache_can_be_repeated_and_chosen():
@@ -243,15 +256,17 @@ def masks(T=6):
                                                            prefix=prefix).items()}
 
 
-REFUSED = "linear attention can leave out padding, and nothing else"
+REFUSED = ('cannot honour {}.*: load the model with attn_implementation "sdpa" or "eager" and give it nothing but a '
+           r"\(B, S\) mask of padding, or swap_back\(model\)").format
 
 
-@pytest.mark.parametrize("name", ["window", "packed", "prefix"])
-def test_a_mask_that_is_not_padding_is_refused(name):
+@pytest.mark.parametrize("name, called", [("window", "a sliding window"), ("prefix", "a mask that shows a token later"),
+                                          ("packed", "a mask that hides tokens from some later ones .packed seq")])
+def test_a_mask_that_is_not_padding_is_refused(name, called):
     model, ids, mask = tiny(), some_ids(2, 6), masks()[name]
     additive = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
     for given in (mask, additive):
-        with pytest.raises(ValueError, match=REFUSED):
+        with pytest.raises(ValueError, match=REFUSED(called)):
             logits(model, ids, attention_mask=given)
 
 
@@ -262,16 +277,18 @@ def test_masks_that_can_be_honoured_are_and_others_are_refused():
     alibi = torch.rand(2, 1, 6, 6, dtype=torch.float64) - 1e9 * (~causal).double()
     early_bias, padded = alibi.clone(), causal & (torch.arange(6) > 1)
     early_bias[..., -1, :] = 0
-    for mask in (alibi, early_bias, torch.cat((causal, padded), dim=1).repeat(1, 2, 1, 1)):  # heads that differ
-        with pytest.raises(ValueError, match=REFUSED):
+    heads = torch.cat((causal, padded), dim=1).repeat(1, 2, 1, 1)
+    for mask, called in ((alibi, "a bias"), (early_bias, "a bias"), (heads, "a mask that differs from head to head")):
+        with pytest.raises(ValueError, match=REFUSED(called)):
             logits(model, ids, attention_mask=mask)
-    with pytest.raises(ValueError, match=REFUSED):
+    with pytest.raises(ValueError, match=REFUSED("a mask that hides .*packed")):
         logits(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1))
     visible, flash = convert_llama.visible_keys, torch.tensor([[0, 1, 1, 1]])
     assert visible(flash, None, 2, 2).tolist() == [[True, True]] and visible(None, None, 4, 0) is None
     restart = torch.tensor([[0, 1, 0, 1]])  # packed: flash attention has no mask then
-    for mask, positions, past in ((None, restart, 0), (object(), None, 0), (flash, None, 2)):
-        with pytest.raises(ValueError, match=REFUSED):
+    for mask, positions, past, called in ((None, restart, 0, "position_ids"), (flash, None, 2, "a mask of 4 keys where "
+                                           "there are 6"), (object(), None, 0, "the object of flex_attention")):
+        with pytest.raises(ValueError, match=REFUSED(called)):
             visible(mask, positions, 4, past)
 
 
@@ -281,10 +298,42 @@ def test_another_architecture_head_width_or_map_is_refused():
         swap(gpt2)
     with pytest.raises(ValueError, match="'cosformer' is not a map of single heads and positions: choose one of"):
         swap(tiny(), "cosformer")
-    model = tiny(kind=None)
-    model.model.layers[0].self_attn.head_dim = 4
-    with pytest.raises(ValueError, match="a head width that does not match: 2 heads of 4 are not the 16 keys"):
+
+
+@pytest.mark.parametrize("kind", [None, "elu"])
+@pytest.mark.parametrize("change, told", [
+    (lambda model: setattr(model.model.layers[1].self_attn, "head_dim", 4),
+     "4 and 2 heads of 4 are not layer 1's 32 queries and 16 keys"),
+    (lambda model: setattr(model.config, "num_attention_heads", 2), "2 and 2 heads of 8 are not layer 0's 32 queries"),
+    (lambda model: setattr(model.config, "num_key_value_heads", 4), "4 and 4 heads of 8 are not layer 0's 32 queries"),
+])
+def test_a_head_width_that_does_not_match_is_refused_before_a_layer_is_changed(change, told, kind):
+    model = tiny(kind=kind)
+    change(model)
+    before = [(type(layer.self_attn), list(layer.self_attn.state_dict())) for layer in model.model.layers]
+    with pytest.raises(ValueError, match=f"a head width that does not match: {told}.*: load the model with the config"):
         swap(model)
+    assert [(type(layer.self_attn), list(layer.self_attn.state_dict())) for layer in model.model.layers] == before
+    assert len(model.model._forward_pre_hooks) == (kind is not None)
+
+
+def test_a_peft_model_is_refused_with_what_to_do_and_that_works():
+    lora = partial(peft.get_peft_model, peft_config=peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    first, ids = swap(tiny(kind=None)), some_ids()
+    expected, after = logits(first, ids), lora(tiny(kind=None))
+    for refused in (swap, swap_back):
+        with pytest.raises(ValueError, match=r"before get_peft_model, or pass get_base_model\(\)"):
+            refused(after)
+    swap(after.get_base_model())
+    for model in (after, lora(first)):
+        torch.testing.assert_close(logits(model, ids), expected)
+
+
+def test_maps_and_states_are_float32_at_least():
+    for dtype, held in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        model, cache = tiny(dtype=dtype), transformers.DynamicCache()
+        assert step(model, some_ids(), cache).dtype == dtype
+        assert {p.dtype for p in maps_of(model).values()} == {layer.keys.dtype for layer in cache.layers} == {held}
 
 
 # ---------------------------------------------------------------- training
