@@ -39,7 +39,7 @@ from train_gpt import (  # noqa: E402
 try:
     import peft
     import transformers
-    from data.samsum import encode, pad, read_samsum, rouge
+    from data.samsum import blocks, encode, pad, read_samsum, read_text, rouge
     from transformers.cache_utils import DynamicLayer
     from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 except ImportError as e:
@@ -87,7 +87,9 @@ class LlamaConfig:
     speed_batch: int = opt(8, "sequences of that measurement")
 
     def __post_init__(self):
-        check_least(self, max_length=1, max_new_tokens=1, rank=1, batch_size=1, generate_batch=1, speed_batch=1)
+        check_least(self, limit=0, max_length=1, max_new_tokens=1, distill_epochs=0, distill_lr=0, lora_epochs=0,
+                    lora_lr=0, map_lr=0, rank=1, alpha=0, batch_size=1, generate_batch=1, generate_lengths=0,
+                    speed_batch=1)
 
 
 # what rows of one table may differ in
@@ -460,23 +462,11 @@ def load(config, dtype):
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
-    except (OSError, KeyError, ValueError, ImportError) as e:
-        raise ValueError(f"no Llama with a tokenizer at {config.model}: give a folder with config.json, a .gguf file "
-                         f"or a name on the hub ({str(e).strip().splitlines()[0]})") from None
+    except Exception as e:  # whatever a damaged file makes of its readers
+        raise ValueError(f"no Llama with a tokenizer at --model {config.model}: give a folder with config.json, a "
+                         f".gguf file or a name on the hub ({(str(e).strip() or repr(e)).splitlines()[0]})") from e
     llama_layers(model)
     return model.eval(), tokenizer
-
-
-def read_text(path, tokenizer):
-    """The tokens of a text file; none if `path` is empty."""
-    text = Path(path).read_text(encoding="utf-8") if path else ""
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def blocks(path, tokenizer, length):
-    """A text file as examples of `length` tokens, of which all but the first are to be learned."""
-    ids = read_text(path, tokenizer)
-    return [dict(ids=ids[i:i + length], n_prompt=1) for i in range(0, len(ids) - 1, length)]
 
 
 def prepare(config, tokenizer):
@@ -486,9 +476,9 @@ def prepare(config, tokenizer):
     test_rows = splits["test"][:limit]
     train = [encode(tokenizer, row, length) for row in splits[trained_on][:limit]]
     test = [encode(tokenizer, row, length, with_summary=False) for row in test_rows]
-    data = dict(test=test, test_rows=test_rows, text=read_text(config.text, tokenizer),
-                distill=train + blocks(config.distill_text, tokenizer, length),
-                train=train, lora_text=blocks(config.lora_text, tokenizer, length),
+    data = dict(test=test, test_rows=test_rows, text=read_text(config.text, tokenizer, "--text"),
+                distill=train + blocks(config.distill_text, tokenizer, "--distill-text", length),
+                train=train, lora_text=blocks(config.lora_text, tokenizer, "--lora-text", length),
                 kl=[encode(tokenizer, row, length) for row in test_rows[:KL_ROWS]])
     return data, dict(trained_on=trained_on, train_rows=len(train), test_rows=len(test),
                       cut=sum(x["cut"] for x in train + test))

@@ -459,6 +459,26 @@ def test_samsum_is_read_from_csv_and_json(tmp_path, end, name, split):
     assert splits["test"][1]["summary"] == unusual["summary"]
 
 
+def test_the_training_split_is_learned_where_there_is_one(tmp_path):
+    for split, rows in dict(val=ROWS[:1], train=ROWS[3:], test=ROWS[1:2]).items():
+        write_rows(tmp_path / f"{split}.csv", rows)
+    data, about = convert_llama.prepare(LlamaConfig(data=str(tmp_path)), make_tokenizer())
+    assert about["trained_on"] == "train" and len(data["train"]) == about["train_rows"] == 5
+
+
+@pytest.mark.parametrize("content, told", [(b"\xff\xfe", "cannot be read as text in UTF-8 .*invalid start byte"),
+                                           (b"a", "is too short .* .1 in all.: give a longer"), (b"", ".* .0 in all."),
+                                           (None, "cannot be read .*No such file.*: give another file")])
+@pytest.mark.parametrize("flag", ["--text", "--distill-text", "--lora-text"])
+def test_a_text_that_teaches_nothing_is_told_with_its_flag(flag, content, told, folder, tmp_path):
+    path = tmp_path / "t.txt"
+    if content is not None:
+        path.write_bytes(content)
+    config = parse(folder, tmp_path / "rows.json", f"{flag} {path}")
+    with pytest.raises(ValueError, match=f"{flag} .*t.txt {told}"):
+        convert_llama.prepare(config, make_tokenizer())
+
+
 def test_missing_and_damaged_data_are_told(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="has to hold SAMSum's test split and train or val.*found neither"):
@@ -634,7 +654,7 @@ def test_the_table_has_its_updates_learn_the_text(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(convert_llama, "finetune", lambda *args: (learned.append(args[4]), real(*args))[1])
     flags = f"--attentions softmax --limit 2 --generate-lengths 0 --lora-text {folder / 'text.txt'}"
     convert_llama.main(parse(folder, tmp_path / "rows.json", flags))
-    ids = convert_llama.read_text(folder / "text.txt", make_tokenizer())
+    ids = samsum.read_text(folder / "text.txt", make_tokenizer(), "--lora-text")
     assert [[t for x in text for t in x["ids"]] for text in learned] == [ids]
 
 
@@ -661,6 +681,11 @@ def test_a_text_may_be_learned_before_the_summaries(folder, tmp_path):
     ("--model {tmp}", "give a folder with config.json, a .gguf file or a name on the hub"),
     ("--data {tmp}/nowhere", "nowhere has to hold SAMSum's test split"),
     ("--max-length 0", "--max-length must be at least 1"),
+    ("--limit -1", "--limit must be at least 0"),
+    ("--generate-lengths 8 -8", "--generate-lengths must be at least 0"),
+    ("--distill-epochs -1", "--distill-epochs must be at least 0"),
+    ("--lora-epochs -1", "--lora-epochs must be at least 0"),
+    ("--lora-lr nan", "--lora-lr must be at least 0"),
     ("--distill-lr 1e30 --attentions hedgehog_exp --distill-epochs 9", "the loss is .*: lower the learning rate"),
 ])
 def test_bad_input_is_told_in_a_sentence(flags, sentence, folder, tmp_path):
@@ -670,6 +695,11 @@ def test_bad_input_is_told_in_a_sentence(flags, sentence, folder, tmp_path):
         make_tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match=sentence):
         convert_llama.main(parse(folder, tmp_path / "rows.json", flags.format(tmp=tmp_path)))
+
+
+def test_it_can_be_imported_from_the_root_of_the_repository():
+    code = "from experiments.convert_llama import maps_of, swap, swap_back"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_missing_package_names_the_requirements_file():
