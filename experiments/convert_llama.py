@@ -19,6 +19,7 @@ import copy
 import inspect
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -33,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of
 from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
 from hedgehog import FeatureMap, divide, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
-    TrainConfig, check_least, cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance,
-    reset_peak, save_json)
+    TrainConfig, check_least, cli, flag, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device,
+    provenance, reset_peak, save_json)
 
 try:
     import peft
@@ -48,7 +49,7 @@ except ImportError as e:
 
 MAPS = ("hedgehog", "hedgehog_exp", "t2r", "elu", "relu")
 PAPER = {"zero-shot": 19.3, "softmax": 51.1, "hedgehog": 47.4, "t2r": 2.8}  # ROUGE-1 of Llama-2 7B
-TEXT_BLOCK = 1024  # tokens of --text that are read at once
+BLOCK = 1024  # tokens of --text, or of a prompt in `speed`, that are read at once
 KL_ROWS = 32  # test dialogues on which the maps are compared with softmax
 SPEED_TOKENS = 32
 
@@ -57,8 +58,9 @@ SPEED_TOKENS = 32
 class LlamaConfig:
     model: str = opt("HuggingFaceTB/SmolLM2-135M-Instruct", "a Llama of transformers: folder, .gguf file or hub name")
     data: str = opt("data/samsum", "folder of SAMSum's train, val(idation) and test as CSV or JSON")
-    attentions: tuple = opt(("softmax", "hedgehog", "t2r"), "rows, besides the model as it came", ("softmax", *MAPS))
-    out: str = opt("experiments/results/llama.json", "the rows; those that are there already are not made again")
+    attentions: tuple = opt(("softmax", "hedgehog", "hedgehog_exp", "t2r"), "rows, besides the model as it came",
+                            ("softmax", *MAPS))
+    out: str = opt("runs/llama.json", "the rows; those that are there already are not made again")
     text: str = opt("", "a text file, for the perplexity of the converted language model")
     limit: int = opt(0, "train on only so many dialogues and test on as many; 0: all")
     max_length: int = opt(1024, "tokens of prompt and summary; longer dialogues are cut at the end")
@@ -94,6 +96,7 @@ class LlamaConfig:
 
 # what rows of one table may differ in
 MACHINE = {"attentions", "out", "device", "compile", "generate_batch", "gradient_checkpointing"}
+PATHS = {"model", "data", "text", "distill_text", "lora_text"}  # whose names count, and not the folders of one machine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,8 +425,8 @@ def summarize(model, tokenizer, examples, config, device):
 def text_perplexity(model, ids, device):
     """Perplexity a token over the whole text, in blocks that do not overlap: each token has the past of its block."""
     ids, total = torch.tensor([ids], device=device), 0.0
-    for start in tqdm(range(0, ids.shape[1] - 1, TEXT_BLOCK), desc="reading", unit="block", disable=None):
-        block = ids[:, start:start + TEXT_BLOCK + 1]
+    for start in tqdm(range(0, ids.shape[1] - 1, BLOCK), desc="reading", unit="block", disable=None):
+        block = ids[:, start:start + BLOCK + 1]
         logits = model(input_ids=block[:, :-1], use_cache=False).logits[0].float()
         total += F.cross_entropy(logits, block[0, 1:], reduction="sum").item()
     return perplexity(total / (ids.shape[1] - 1))
@@ -487,6 +490,9 @@ def prepare(config, tokenizer):
 def measure_row(name, model, tokenizer, data, config, device):
     """Convert, finetune, summarize: the row of one attention."""
     row = dict(attention=name)
+    if name == "zero-shot" and data["text"]:  # tells whether the weights were read as they were meant
+        row["text_first_block_ppl"] = text_perplexity(model, data["text"][:BLOCK], device)
+        tqdm.write(f"perplexity of the first {BLOCK:,} tokens of the text: {row['text_first_block_ppl']:.2f}")
     if name in MAPS:
         swap(model, name)
         row["kl_before"] = divergence(model, data["kl"], config, device)
@@ -513,42 +519,57 @@ def measure_row(name, model, tokenizer, data, config, device):
     return row
 
 
+def named(row):
+    """The settings in a row with names for paths, which other machines have elsewhere."""
+    return {k: Path(v).name if k in PATHS else v for k, v in row.items()}
+
+
 def main(config):
     device, dtype, why = pick_device(config.device, config.dtype)
-    settings = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in MACHINE}))
+    settings = json.loads(json.dumps(named({k: v for k, v in asdict(config).items() if k not in MACHINE})))
     out = Path(config.out)
-    rows = json.loads(out.read_text()) if out.exists() else []
-    changed = [name for name, value in settings.items() if any(row.get(name) != value for row in rows)]
+    rows = [named(row) for row in json.loads(out.read_text())] if out.exists() else []
+    changed = [flag(name) for name, value in settings.items() if any(row.get(name) != value for row in rows)]
     if changed:
-        raise ValueError(f"{out} holds rows made with another {', '.join(changed)}: choose another --out")
+        raise ValueError(f"{out} holds rows made with another {', '.join(changed)}: give the same, or another --out")
+    lacking = [name for name in ("zero-shot", *config.attentions) if name not in {row["attention"] for row in rows}]
+    if not lacking:
+        tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
+        return print(table(rows))
     model, tokenizer = load(config, dtype)
     data, about = prepare(config, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     tqdm.write(f"{config.model} on {why}\ntrained on {about['train_rows']} dialogues of SAMSum's {about['trained_on']} "
                f"split, tested on {about['test_rows']} of test; {about['cut']} cut at {config.max_length} tokens")
-    done = [row["attention"] for row in rows]
-    for name in [name for name in ("zero-shot", *config.attentions) if name not in done]:
+    about |= provenance(device) | dict(weights=str(model.dtype))
+    about["command"] = re.sub(r"(?<!\S)/\S*/", "", about["command"])                      # names here, too
+    for name in lacking:
         row = measure_row(name, copy.deepcopy(model).to(device), tokenizer, data, config, device)
-        rows.append(row | about | settings | dict(weights=str(model.dtype)) | provenance(device))
+        rows.append(row | about | settings)
         save_json(out, rows)                                                              # a stopped run keeps its rows
         tqdm.write(f"{name}: ROUGE-1 {row['rouge1']:.1f}")
     print(table(rows))
 
 
 def table(rows):
-    """R1 / softmax: the row's ROUGE-1 to that of softmax + LoRA. Below, what each wrote of the same dialogues."""
+    """"/ softmax": ROUGE-1 and the text's perplexity to those of softmax + LoRA. GiB: the most that training took, and
+    behind the tokens a second what generation took. Below, what each wrote of the same dialogues."""
+    def show(*numbers):
+        return ["-" if x is None or math.isnan(x) else f"{x:,.2f}" for x in numbers]
+
     lengths = list(dict.fromkeys(n for row in rows for n in row["tokens_per_second"]))
-    form = "{:22}" + "{:>14}" * (7 + len(lengths))
-    lines = [form.format("", "R1", "R2", "RL", "R1 / softmax", "paper's", "text ppl", "seconds",
-                         *(f"tok/s@{n}" for n in lengths))]
-    best = next((row["rouge1"] for row in rows if row["attention"] == "softmax"), 0) or math.nan
+    form = ("{:20}" + " {:>9}" * 9 + " {:>18}" * len(lengths)).format
+    lines = [form("", "R1", "R2", "RL", "/ softmax", "paper's", "text ppl", "/ softmax", "seconds", "GiB",
+                  *(f"tok/s, GiB@{n}" for n in lengths))]
+    best = next((row for row in rows if row["attention"] == "softmax"), {})
     for row in rows:
         seconds = sum(row.get(f"{stage}_seconds", 0) for stage in ("distill", "lora", "generate"))
-        paper = PAPER.get(row["attention"], math.nan) / PAPER["softmax"]
-        numbers = [row["rouge1"], row["rouge2"], row["rougeL"], row["rouge1"] / best, paper,
-                   row.get("text_ppl", math.nan), seconds, *(row["tokens_per_second"].get(n) for n in lengths)]
-        lines.append(form.format(row["attention"] + " + LoRA" * ("lora_seconds" in row),
-                                 *("-" if x is None or math.isnan(x) else f"{x:,.2f}" for x in numbers)))
+        ppl, paper = row.get("text_ppl", math.nan), PAPER.get(row["attention"], math.nan) / PAPER["softmax"]
+        gib = max((row.get(f"{stage}_gib") or 0 for stage in ("distill", "lora"))) or None
+        numbers = show(row["rouge1"], row["rouge2"], row["rougeL"], row["rouge1"] / (best.get("rouge1") or math.nan),
+                       paper, ppl, ppl / best.get("text_ppl", math.nan), seconds, gib)
+        speeds = (show(row["tokens_per_second"].get(n), row["generate_gib"].get(n)) for n in lengths)
+        lines.append(form(row["attention"] + " + LoRA" * ("lora_seconds" in row), *numbers, *map(", ".join, speeds)))
     for i, x in enumerate(rows[0]["samples"]):
         lines += [f"\ndialogue {x['id']}", f"  {'a person':13}{x['summary']}"]
         lines += [f"  {row['attention']:13}{' '.join(row['samples'][i]['written'].split())}" for row in rows]

@@ -5,6 +5,7 @@ import csv
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -399,6 +400,41 @@ def test_distillation_compiled_is_the_same_for_batches_of_every_length(monkeypat
     assert all(torch.equal(p, parameters(models[1])[name]) for name, p in parameters(models[0]).items())
 
 
+def test_the_divergence_is_the_mean_over_queries_whatever_the_batch():
+    model = tiny()
+    one, all = (convert_llama.divergence(model, examples(), replace(CONFIG, batch_size=n), CPU) for n in (1, 6))
+    assert one == pytest.approx(all, rel=1e-6)
+
+
+@pytest.mark.parametrize("rates", [dict(distill_lr=1e-2), dict(lora_lr=1e-2), dict(map_lr=1e-2)])
+def test_each_stage_learns_at_its_own_rate(rates):
+    config, found = replace(CONFIG, **dict(distill_lr=0.0, lora_lr=0.0) | rates), {}
+    for stage in (convert_llama.distill, convert_llama.finetune):
+        model = tiny(dtype=torch.float32)
+        before = parameters(model)
+        stage(model, examples(), config, CPU)
+        found[stage.__name__] = {"maps" if ".map_" in name else "rest" for name, p in parameters(model).items()
+                                 if not torch.equal(p, before[name])}
+    moved = {name: {part} for name, part in (("distill_lr", "maps"), ("lora_lr", "rest"), ("map_lr", "maps"))}
+    assert found == dict(distill=moved["distill_lr"] if "distill_lr" in rates else set(),
+                         finetune=set() if "distill_lr" in rates else moved[min(rates)])
+
+
+def test_the_updates_count_alpha_over_rank_times():
+    """AdamW's first step is the rate, whatever the gradient, and moves of A B only the B that starts at zero."""
+    moved = {}
+    for rank, alpha in ((2, 4.0), (2, 8.0), (2, 1.0)):
+        model = tiny(kind=None, dtype=torch.float32)
+        before = parameters(model)
+        config = replace(CONFIG, rank=rank, alpha=alpha, batch_size=6, lora_epochs=1)
+        convert_llama.finetune(model, examples(), config, CPU)
+        moved[alpha] = parameters(model)["model.layers.0.self_attn.v_proj.weight"]
+        moved[alpha] -= before["model.layers.0.self_attn.v_proj.weight"]
+    for alpha in (8.0, 1.0):
+        torch.testing.assert_close(moved[alpha], moved[4.0] * alpha / 4, rtol=1e-2, atol=1e-6)
+    assert moved[4.0].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("map_lr", [0.0, 1e-2])
 @pytest.mark.parametrize("kind", [None, "hedgehog"])
 def test_lora_adds_low_rank_updates_to_the_projections_and_moves_the_maps_only_if_told_to(kind, map_lr):
@@ -560,7 +596,7 @@ def test_summaries_come_in_the_order_of_the_dialogues_whatever_the_batch():
 
 @pytest.mark.parametrize("n", [2, 9, 12, 30])
 def test_every_token_of_the_text_but_the_first_is_predicted_once(n, monkeypatch):
-    monkeypatch.setattr(convert_llama, "TEXT_BLOCK", 4)
+    monkeypatch.setattr(convert_llama, "BLOCK", 4)
     model, ids = tiny(kind=None), some_ids(1, n)[0]
     nats = [torch.nn.functional.cross_entropy(logits(model, ids[None, t // 4 * 4:t + 1])[0, -1], ids[t + 1]).item()
             for t in range(n - 1)]
@@ -592,6 +628,8 @@ def parse(folder, out, flags=""):
 
 def test_the_whole_table_is_made(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert_llama, "SPEED_TOKENS", 3)
+    monkeypatch.setattr(convert_llama, "BLOCK", 16)
+    monkeypatch.setattr(sys, "argv", ["/a/convert_llama.py", "--model", f"{folder}/model", "--lora-lr", "runs/b"])
     out = tmp_path / "results" / "llama.json"
     config = parse(folder, out, "--attentions softmax hedgehog elu --limit 4")
     convert_llama.main(config)
@@ -601,11 +639,104 @@ def test_the_whole_table_is_made(folder, tmp_path, capsys, monkeypatch):
         assert all(0 <= row[key] <= 100 for key in ("rouge1", "rouge2", "rougeL")) and row["text_ppl"] > 1
         assert row["tokens_per_second"].keys() == {"8", "16"} and len(row["samples"]) == 3
         assert (row["trained_on"], row["train_rows"], row["test_rows"]) == ("val", 4, 4)
-        assert {"command", "commit", "device", "torch", "model", "lora_lr"} <= row.keys()
+        assert {"commit", "device", "torch", "lora_lr"} <= row.keys()
         assert ("kl" in row) == (name == "hedgehog") and ("lora_seconds" in row) == (name != "zero-shot")
+        assert ("text_first_block_ppl" in row) == (name == "zero-shot")
+        assert (row["model"], row["data"], row["text"], row["distill_text"]) == ("model", "data", "text.txt", "")
+        assert row["command"] == "python convert_llama.py --model model --lora-lr runs/b"
+    assert str(folder) not in out.read_text()
     printed = capsys.readouterr().out
     assert "trained on 4 dialogues of SAMSum's val split, tested on 4 of test" in printed
     assert "hedgehog + LoRA" in printed and "a person     Bob is there." in printed
+    # What was loaded can be checked by anyone: the perplexity of the text, and of its first block.
+    model, tokenizer = convert_llama.load(config, None)
+    ids = samsum.read_text(folder / "text.txt", tokenizer, "--text")
+    for key, part in (("text_ppl", ids), ("text_first_block_ppl", ids[:16])):
+        assert rows["zero-shot"][key] == pytest.approx(convert_llama.text_perplexity(model, part, CPU), rel=1e-4)
+    assert f"perplexity of the first 16 tokens of the text: {rows['zero-shot']['text_first_block_ppl']:.2f}" in printed
+
+
+def test_each_row_starts_from_the_model_as_it_came_and_learns_no_test_dialogue(folder, tmp_path, monkeypatch):
+    given, starts, real = {}, [], convert_llama.measure_row
+
+    def watch(name):
+        function = getattr(convert_llama, name)
+        monkeypatch.setattr(convert_llama, name, lambda *args: (given.setdefault(name, args[1]), function(*args))[1])
+
+    for name in ("distill", "finetune", "divergence"):
+        watch(name)
+    monkeypatch.setattr(convert_llama, "measure_row",
+                        lambda name, model, *rest: (starts.append(parameters(model)), real(name, model, *rest))[1])
+    monkeypatch.setattr(convert_llama, "summarize", lambda *args: ["Bob is not there.", *[""] * 5])
+    config = parse(folder, tmp_path / "rows.json", "--attentions softmax hedgehog t2r --generate-lengths 0 --lora-lr 1")
+    convert_llama.main(config)
+    assert len(starts) == 4 and all(torch.equal(p, start[name]) for start in starts for name, p in starts[0].items())
+    assert all(start.keys() == starts[0].keys() for start in starts)
+    splits, tokenizer = samsum.read_samsum(folder / "data"), make_tokenizer()
+    for name, split in (("distill", "val"), ("finetune", "val"), ("divergence", "test")):
+        assert given[name] == [samsum.encode(tokenizer, row, 1024) for row in splits[split]]
+    rows = json.loads((tmp_path / "rows.json").read_text())                # "Bob is there.", and what is not empty
+    assert rows[0]["rouge1"] == pytest.approx(100 * 6 / 7 / len(splits["test"]))
+
+
+def test_the_table_compares_with_softmax_after_lora():
+    def row(name, **numbers):
+        return dict(attention=name, rouge2=0.0, rougeL=0.0, samples=[], tokens_per_second={"8": 1234.0, "16": None},
+                    generate_gib={"8": 1.5, "16": None}, generate_seconds=1.0, **numbers)
+    lines = convert_llama.table([
+        row("zero-shot", rouge1=10.0, text_ppl=20.0), row("softmax", rouge1=40.0, text_ppl=16.0, lora_seconds=2.0,
+                                                          lora_gib=3.0),
+        row("hedgehog", rouge1=30.0, text_ppl=24.0, distill_seconds=4.0, distill_gib=7.0, lora_seconds=2.0,
+            lora_gib=None), row("elu", rouge1=20.0, lora_seconds=2.0)]).splitlines()
+    cells = [" ".join(line.split()) for line in lines]
+    speeds = "1,234.00, 1.50 -, -"
+    assert cells == [
+        "R1 R2 RL / softmax paper's text ppl / softmax seconds GiB tok/s, GiB@8 tok/s, GiB@16",
+        f"zero-shot 10.00 0.00 0.00 0.25 0.38 20.00 1.25 1.00 - {speeds}",
+        f"softmax + LoRA 40.00 0.00 0.00 1.00 1.00 16.00 1.00 3.00 3.00 {speeds}",
+        f"hedgehog + LoRA 30.00 0.00 0.00 0.75 0.93 24.00 1.50 7.00 7.00 {speeds}",
+        f"elu + LoRA 20.00 0.00 0.00 0.50 - - - 3.00 - {speeds}"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def permuted(weight, n_head):
+    """The rows of a q or k projection as llama.cpp has them: the two of a rotated pair side by side."""
+    return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, model, tokenizer):
+    gguf, shape = pytest.importorskip("gguf", reason="pip install -r requirements-experiments.txt"), model.config
+    writer, bpe = gguf.GGUFWriter(str(path), "llama"), json.loads(tokenizer._tokenizer.to_str())["model"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
+    for key, value in dict(
+            context_length=shape.max_position_embeddings, embedding_length=shape.hidden_size, vocab_size=330,
+            block_count=shape.num_hidden_layers, feed_forward_length=shape.intermediate_size, rope_dimension_count=8,
+            head_count=shape.num_attention_heads, head_count_kv=shape.num_key_value_heads, bos_token_id=1,
+            layer_norm_rms_eps=shape.rms_norm_eps, eos_token_id=EOS, tokenizer_model="gpt2",
+            token_list=sorted(bpe["vocab"], key=bpe["vocab"].get), token_merges=map(" ".join, bpe["merges"])).items():
+        getattr(writer, f"add_{key}")(list(value) if isinstance(value, map) else value)
+    heads = dict(q_proj=shape.num_attention_heads, k_proj=shape.num_key_value_heads)
+    for name, p in model.state_dict().items():
+        n_head = heads.get(name.split(".")[-2])
+        p = permuted(p, n_head) if n_head else p
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), p.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_of_llama_cpp_gives_the_logits_it_was_made_of(tmp_path):
+    model, tokenizer, path = tiny(kind=None, dtype=torch.float32, vocab_size=330), make_tokenizer(), tmp_path / "x.gguf"
+    write_gguf(path, model, tokenizer)
+    loaded, read = convert_llama.load(LlamaConfig(model=str(path)), None)
+    torch.testing.assert_close(logits(loaded, some_ids()), logits(model, some_ids()))
+    assert loaded.dtype == torch.float32 and read("Ann: Hi").input_ids == tokenizer("Ann: Hi").input_ids
+    whole = path.read_bytes()
+    for damaged in (whole[:100], whole[:3000], whole[:-1000], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="no Llama with a tokenizer at --model .*x.gguf: give a folder"):
+            convert_llama.load(LlamaConfig(model=str(path)), None)
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch, capsys):
@@ -623,9 +754,16 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monke
         convert_llama.main(parse(folder, out, flags))
     monkeypatch.setattr(convert_llama, "measure_row", lambda name, *args: (made.append(name), real(name, *args))[1])
     convert_llama.main(parse(folder, out, flags))
-    convert_llama.main(parse(folder, out, flags))
+    assert "nothing is trained" not in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    rows = json.loads(out.read_text())
+    out.write_text(json.dumps([row | dict(model=f"/old/{row['model']}") for row in rows]))  # names alone count
+    monkeypatch.setattr(convert_llama, "load", None)
+    convert_llama.main(parse(tmp_path / "elsewhere", out, flags))
     assert made == ["zero-shot", "softmax", "elu"]
-    with pytest.raises(ValueError, match="holds rows made with another lora_lr, rank: choose another --out"):
+    assert f"{out} has all these rows already, nothing is trained: choose another --out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds rows made with another --lora-lr, --rank: give the same, or another "
+                                         "--out"):
         convert_llama.main(parse(folder, out, flags + " --lora-lr 1 --rank 3"))
 
 
