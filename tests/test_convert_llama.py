@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -765,6 +766,27 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monke
     with pytest.raises(ValueError, match="holds rows made with another --lora-lr, --rank: give the same, or another "
                                          "--out"):
         convert_llama.main(parse(folder, out, flags + " --lora-lr 1 --rank 3"))
+
+
+def test_the_defaults_touch_no_committed_rows():
+    config = LlamaConfig()
+    assert config.out == "runs/llama.json" and {"softmax", "hedgehog", "hedgehog_exp", "t2r"} == {*config.attentions}
+
+
+@pytest.mark.parametrize("kind", [None, "hedgehog"])
+def test_the_speed_is_that_of_the_whole_batch_after_a_prompt_read_in_pieces(kind, monkeypatch):
+    model, config, clock, widths = tiny(kind=kind, dtype=torch.float32), LlamaConfig(speed_batch=3), iter(range(99)), []
+    monkeypatch.setattr(convert_llama, "BLOCK", 4)
+    monkeypatch.setattr(convert_llama, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 2))
+    real, written = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **options: written.append((options, real(**options))))
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, y: widths.append(y.shape[:2]))
+    assert convert_llama.speed(model, 10, config, CPU) == (3 / 0.5, None)
+    assert widths == [(3, 4), (3, 4), (3, 2)] + [(3, 1)] * (convert_llama.SPEED_TOKENS - 1)
+    hook.remove()
+    (options, tokens), = written
+    del options["prefill_chunk_size"]
+    assert torch.equal(tokens, real(**options))                               # in pieces or not
 
 
 def test_a_length_that_does_not_fit_costs_no_row(monkeypatch):
