@@ -1,4 +1,4 @@
-"""SAMSum, dialogues and their summaries: the files, a dialogue as tokens of prompt and summary, and ROUGE."""
+"""SAMSum, dialogues and their summaries: the files, a dialogue (or any text) as tokens to learn, and ROUGE."""
 
 import csv
 import io
@@ -59,6 +59,26 @@ def encode(tokenizer, row, max_length, with_summary=True):
         words, cut = words[:-excess], True
         prompt = prompt_of(tokenizer.decode(words))
     return dict(ids=prompt + answer, n_prompt=len(prompt), cut=cut)
+
+
+def read_text(path, tokenizer, flag):
+    """The tokens of the text file that a flag names; none if `path` is empty."""
+    if not path:
+        return []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as e:
+        raise ValueError(f"{flag} {path} cannot be read as text in UTF-8 ({e}): give another file") from None
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if len(ids) < 2:
+        raise ValueError(f"{flag} {path} is too short to predict a token of it ({len(ids)} in all): give a longer text")
+    return ids
+
+
+def blocks(path, tokenizer, flag, length):
+    """A text file as examples of `length` tokens, of which all but the first are to be learned."""
+    ids = read_text(path, tokenizer, flag)
+    return [dict(ids=ids[i:i + length], n_prompt=1) for i in range(0, len(ids) - 1, length)]
 
 
 def pad(sequences, left, device, fill=0):

@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -83,7 +84,7 @@ class BertConfig:
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 where the GPU has it; for a BERT as small as "
                      "MiniLM float32 is faster", ("auto", "float32", "bfloat16"))
     workers: int = opt(1, "pairs of a task and a seed at once, each in a process, on one GPU too")
-    out: str = opt("experiments/results/bert.json", "the rows; the same command again goes on with what they lack")
+    out: str = opt("runs/bert.json", "the rows; the same command again goes on with what they lack")
 
     def __post_init__(self):
         check_least(self, seeds=0, limit=0, max_length=8, batch_size=1, teacher_epochs=0, distill_epochs=0, epochs=0,
@@ -289,9 +290,13 @@ def convert(job, config):
     torch.manual_seed(seed)                                                               # of the head
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        config.model, num_labels=len(glue.TASKS[task].labels) or 1, ignore_mismatched_sizes=True).float()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            config.model, num_labels=len(glue.TASKS[task].labels) or 1, ignore_mismatched_sizes=True).float()
+    except Exception as e:  # whatever a damaged file makes of its readers
+        raise ValueError(f"no BERT with a tokenizer at --model {config.model}: give a folder with config.json, weights "
+                         f"and vocabulary, or a name on the hub ({(str(e).strip() or repr(e)).splitlines()[0]})") from e
     restore(swap(model))  # what is no BERT is better refused now
     model.to(device).forward = torch.autocast(device.type, dtype, enabled=dtype is not None)(model.forward)
     train, held_out, reported = glue.load_batches(
@@ -383,7 +388,10 @@ def main(config):
     runs = {(row["task"], row["attention"], r["seed"]): r for row in rows for r in row["runs"]}
     jobs = [(task, seed, lacking) for task, seed in product(config.task, config.seeds)
             if (lacking := [attention for attention in config.attentions if (task, attention, seed) not in runs])]
+    if not jobs:
+        tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
     about |= provenance(device) | dict(transformers=transformers.__version__)
+    about["command"] = re.sub(r"(?<!\S)/\S*/", "", about["command"])                      # names, as of the model
     out.parent.mkdir(parents=True, exist_ok=True)
     spawn, ignore = multiprocessing.get_context("spawn"), (signal.signal, (signal.SIGINT, signal.SIG_IGN))
     with spawn.Pool(config.workers, *ignore) if config.workers > 1 else nullcontext() as pool:

@@ -19,6 +19,7 @@ import copy
 import inspect
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -33,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of
 from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
 from hedgehog import FeatureMap, divide, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
-    TrainConfig, check_least, cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance,
-    reset_peak, save_json)
+    TrainConfig, check_least, cli, flag, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device,
+    provenance, reset_peak, save_json)
 
 try:
     import peft
     import transformers
-    from data.samsum import encode, pad, read_samsum, rouge
+    from data.samsum import blocks, encode, pad, read_samsum, read_text, rouge
     from transformers.cache_utils import DynamicLayer
     from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 except ImportError as e:
@@ -48,7 +49,7 @@ except ImportError as e:
 
 MAPS = ("hedgehog", "hedgehog_exp", "t2r", "elu", "relu")
 PAPER = {"zero-shot": 19.3, "softmax": 51.1, "hedgehog": 47.4, "t2r": 2.8}  # ROUGE-1 of Llama-2 7B
-TEXT_BLOCK = 1024  # tokens of --text that are read at once
+BLOCK = 1024  # tokens of --text, or of a prompt in `speed`, that are read at once
 KL_ROWS = 32  # test dialogues on which the maps are compared with softmax
 SPEED_TOKENS = 32
 
@@ -57,8 +58,9 @@ SPEED_TOKENS = 32
 class LlamaConfig:
     model: str = opt("HuggingFaceTB/SmolLM2-135M-Instruct", "a Llama of transformers: folder, .gguf file or hub name")
     data: str = opt("data/samsum", "folder of SAMSum's train, val(idation) and test as CSV or JSON")
-    attentions: tuple = opt(("softmax", "hedgehog", "t2r"), "rows, besides the model as it came", ("softmax", *MAPS))
-    out: str = opt("experiments/results/llama.json", "the rows; those that are there already are not made again")
+    attentions: tuple = opt(("softmax", "hedgehog", "hedgehog_exp", "t2r"), "rows, besides the model as it came",
+                            ("softmax", *MAPS))
+    out: str = opt("runs/llama.json", "the rows; those that are there already are not made again")
     text: str = opt("", "a text file, for the perplexity of the converted language model")
     limit: int = opt(0, "train on only so many dialogues and test on as many; 0: all")
     max_length: int = opt(1024, "tokens of prompt and summary; longer dialogues are cut at the end")
@@ -87,11 +89,14 @@ class LlamaConfig:
     speed_batch: int = opt(8, "sequences of that measurement")
 
     def __post_init__(self):
-        check_least(self, max_length=1, max_new_tokens=1, rank=1, batch_size=1, generate_batch=1, speed_batch=1)
+        check_least(self, limit=0, max_length=1, max_new_tokens=1, distill_epochs=0, distill_lr=0, lora_epochs=0,
+                    lora_lr=0, map_lr=0, rank=1, alpha=0, batch_size=1, generate_batch=1, generate_lengths=0,
+                    speed_batch=1)
 
 
 # what rows of one table may differ in
 MACHINE = {"attentions", "out", "device", "compile", "generate_batch", "gradient_checkpointing"}
+PATHS = {"model", "data", "text", "distill_text", "lora_text"}  # whose names count, and not the folders of one machine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,10 +128,12 @@ def state_layer(cache, index):
         cache.layers.append(StateLayer())
     if type(cache.layers[index]) is DynamicLayer and not cache.layers[index].get_seq_length():
         cache.layers[index] = StateLayer()
-    if not isinstance(cache.layers[index], StateLayer):
-        raise ValueError("linear attention keeps its state in an empty cache of the default kind (DynamicCache), and "
-                         f"cannot continue one of {type(cache.layers[index]).__name__} that holds keys of softmax")
-    return cache.layers[index]
+    layer = cache.layers[index]
+    if not isinstance(layer, StateLayer):
+        why = ("continue one that holds keys of softmax: start with an empty one" if layer.get_seq_length() else
+               f"use one of {type(layer).__name__}: leave out cache_implementation, or pass an empty DynamicCache()")
+        raise ValueError(f"linear attention keeps its state in a cache of the default kind, and cannot {why}")
+    return layer
 
 
 def visible_keys(mask, position_ids, T, past, check=True):
@@ -135,21 +142,42 @@ def visible_keys(mask, position_ids, T, past, check=True):
     The mask is None, (B, S) of flash attention, or (B, 1, T, S), bool (sdpa) or 0 and -inf (eager), S = past + T. The
     last query sees every key but padding, so its row tells the padding. `check`: refuse a mask that holds more.
     """
-    keys, honoured = None, isinstance(mask, torch.Tensor) and mask.shape[-1] == past + T
+    keys, why = None, ""
     if mask is None:  # positions that start again are packed sequences, of which flash attention has no mask
-        honoured = not check or position_ids is None or bool((position_ids.diff(dim=-1) == 1).all())
-    elif honoured and mask.ndim == 2:
+        if check and position_ids is not None and (position_ids.diff(dim=-1) != 1).any():
+            why = "position_ids that do not count up by one, as those of packed sequences"
+    elif not isinstance(mask, torch.Tensor):
+        why = f"the {type(mask).__name__} of flex_attention"
+    elif mask.shape[-1] != past + T:
+        why = f"a mask of {mask.shape[-1]} keys where there are {past + T}"
+    elif mask.ndim == 2:
         keys = mask[:, -T:].bool()
-    elif honoured:
+    else:
         seen, hidden = (mask, ~mask) if mask.dtype == torch.bool else (mask == 0, mask < -1e4)
         keys = seen[:, 0, -1, -T:]
-        if check:
-            expected = torch.ones_like(seen[0, 0]).tril(past) & seen[:, :1, -1:]          # (B, 1, T, S)
-            honoured = ((seen == expected) & (hidden != expected)).all()
-    if not honoured:
-        raise ValueError("linear attention can leave out padding, and nothing else that a mask may hide or weigh: no "
-                         "sliding window, packed sequences, prefix, bias (ALiBi), flex_attention or static cache")
+        why = more_than_padding(seen, hidden, past) if check else ""
+    if why:
+        raise ValueError(f"linear attention can leave out padding and nothing else, and so cannot honour {why}: load "
+                         'the model with attn_implementation "sdpa" or "eager" and give it nothing but a (B, S) mask '
+                         "of padding, or swap_back(model)")
     return keys
+
+
+def more_than_padding(seen, hidden, past):
+    """What a causal mask (B, 1 or H, T, S) holds besides padding, in words; "" if nothing."""
+    causal = torch.ones_like(seen[0, 0]).tril(past)                                       # (T, S)
+    expected = causal & seen[:, :1, -1:]                                                  # (B, 1, T, S)
+    if ((seen == expected) & (hidden != expected)).all():
+        return ""
+    if (seen == hidden).any():
+        return "a bias on q.k (ALiBi)"
+    if (seen != seen[:, :1]).any():
+        return "a mask that differs from head to head"
+    if (seen & ~causal).any():
+        return "a mask that shows a token later ones (a prefix)"
+    if (seen[..., 1:, 1:] == seen[..., :-1, :-1]).all():
+        return "a sliding window"
+    return "a mask that hides tokens from some later ones (packed sequences, or a sliding window beside padding)"
 
 
 class HedgehogLlamaAttention(LlamaAttention):
@@ -200,6 +228,8 @@ def grouped_attention(q, k, v, state=None, eps=1e-30):
 
 
 def llama_layers(model):
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("a PeftModel hides the layers: swap(model) before get_peft_model, or pass get_base_model()")
     layers = getattr(getattr(model, "model", None), "layers", [])
     if not layers or not all(isinstance(layer.self_attn, LlamaAttention) for layer in layers):
         raise ValueError(f"{type(model).__name__} is not of the Llama architecture; supported is LlamaForCausalLM of "
@@ -216,16 +246,20 @@ def swap(model, kind="hedgehog", **map_options):
     """
     if kind not in MAPS:
         raise ValueError(f"{kind!r} is not a map of single heads and positions: choose one of {', '.join(MAPS)}")
-    for layer in llama_layers(swap_back(model)):
-        attention = layer.self_attn
-        weight, D = attention.k_proj.weight, attention.head_dim
-        H, K = model.config.num_attention_heads, model.config.num_key_value_heads
-        if weight.shape[0] != K * D:
-            raise ValueError(f"a head width that does not match: {K} heads of {D} are not the {weight.shape[0]} keys")
-        attention.__class__ = HedgehogLlamaAttention
+    layers, maps = llama_layers(model), []
+    H, K = model.config.num_attention_heads, model.config.num_key_value_heads
+    for i, layer in enumerate(layers):  # all of them before the first is changed
+        attention, weight = layer.self_attn, layer.self_attn.k_proj.weight
+        D, rows = attention.head_dim, (attention.q_proj.out_features, attention.k_proj.out_features)
+        if rows != (H * D, K * D) or H % K:
+            raise ValueError(f"a head width that does not match: {H} and {K} heads of {D} are not layer {i}'s "
+                             f"{rows[0]} queries and {rows[1]} keys: load the model with the config it was saved with")
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        attention.map_q = FeatureMap(H, D, kind, **map_options).to(weight.device, dtype)
-        attention.map_k = FeatureMap(K, D, kind, **map_options).to(weight.device, dtype)
+        maps.append([FeatureMap(n, D, kind, **map_options).to(weight.device, dtype) for n in (H, K)])
+    swap_back(model)
+    for layer, (map_q, map_k) in zip(layers, maps):
+        layer.self_attn.__class__ = HedgehogLlamaAttention
+        layer.self_attn.map_q, layer.self_attn.map_k = map_q, map_k
     model.model.position_hook = model.model.register_forward_pre_hook(count_positions, with_kwargs=True)
     return model
 
@@ -245,6 +279,8 @@ def swap_back(model):
 def count_positions(module, args, kwargs):
     """Before LlamaModel.forward: position_ids from a (B, S) attention_mask, unless they are given."""
     kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+    if kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)):
+        raise ValueError("linear attention forms no weights: leave out output_attentions, or swap_back(model)")
     mask = kwargs.get("attention_mask")
     if kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
         T = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None).shape[1]
@@ -389,8 +425,8 @@ def summarize(model, tokenizer, examples, config, device):
 def text_perplexity(model, ids, device):
     """Perplexity a token over the whole text, in blocks that do not overlap: each token has the past of its block."""
     ids, total = torch.tensor([ids], device=device), 0.0
-    for start in tqdm(range(0, ids.shape[1] - 1, TEXT_BLOCK), desc="reading", unit="block", disable=None):
-        block = ids[:, start:start + TEXT_BLOCK + 1]
+    for start in tqdm(range(0, ids.shape[1] - 1, BLOCK), desc="reading", unit="block", disable=None):
+        block = ids[:, start:start + BLOCK + 1]
         logits = model(input_ids=block[:, :-1], use_cache=False).logits[0].float()
         total += F.cross_entropy(logits, block[0, 1:], reduction="sum").item()
     return perplexity(total / (ids.shape[1] - 1))
@@ -409,9 +445,10 @@ def speed(model, length, config, device):
         times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=device)
 
-    try:
+    try:  # in pieces, and so with a mask: without one, grouped queries in float32 have no kernel but all (T, T) weights
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SPEED_TOKENS, do_sample=False,
-                       min_new_tokens=SPEED_TOKENS, pad_token_id=0, stopping_criteria=[note_time])
+                       min_new_tokens=SPEED_TOKENS, pad_token_id=0, stopping_criteria=[note_time],
+                       prefill_chunk_size=BLOCK)
     except torch.OutOfMemoryError:  # a result as well, and no reason to lose the row
         return None, None
     return config.speed_batch / torch.tensor(times, dtype=torch.float64).diff().median().item(), peak_gib(device)
@@ -429,23 +466,11 @@ def load(config, dtype):
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
-    except (OSError, KeyError, ValueError, ImportError) as e:
-        raise ValueError(f"no Llama with a tokenizer at {config.model}: give a folder with config.json, a .gguf file "
-                         f"or a name on the hub ({str(e).strip().splitlines()[0]})") from None
+    except Exception as e:  # whatever a damaged file makes of its readers
+        raise ValueError(f"no Llama with a tokenizer at --model {config.model}: give a folder with config.json, a "
+                         f".gguf file or a name on the hub ({(str(e).strip() or repr(e)).splitlines()[0]})") from e
     llama_layers(model)
     return model.eval(), tokenizer
-
-
-def read_text(path, tokenizer):
-    """The tokens of a text file; none if `path` is empty."""
-    text = Path(path).read_text(encoding="utf-8") if path else ""
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def blocks(path, tokenizer, length):
-    """A text file as examples of `length` tokens, of which all but the first are to be learned."""
-    ids = read_text(path, tokenizer)
-    return [dict(ids=ids[i:i + length], n_prompt=1) for i in range(0, len(ids) - 1, length)]
 
 
 def prepare(config, tokenizer):
@@ -455,9 +480,9 @@ def prepare(config, tokenizer):
     test_rows = splits["test"][:limit]
     train = [encode(tokenizer, row, length) for row in splits[trained_on][:limit]]
     test = [encode(tokenizer, row, length, with_summary=False) for row in test_rows]
-    data = dict(test=test, test_rows=test_rows, text=read_text(config.text, tokenizer),
-                distill=train + blocks(config.distill_text, tokenizer, length),
-                train=train, lora_text=blocks(config.lora_text, tokenizer, length),
+    data = dict(test=test, test_rows=test_rows, text=read_text(config.text, tokenizer, "--text"),
+                distill=train + blocks(config.distill_text, tokenizer, "--distill-text", length),
+                train=train, lora_text=blocks(config.lora_text, tokenizer, "--lora-text", length),
                 kl=[encode(tokenizer, row, length) for row in test_rows[:KL_ROWS]])
     return data, dict(trained_on=trained_on, train_rows=len(train), test_rows=len(test),
                       cut=sum(x["cut"] for x in train + test))
@@ -466,6 +491,9 @@ def prepare(config, tokenizer):
 def measure_row(name, model, tokenizer, data, config, device):
     """Convert, finetune, summarize: the row of one attention."""
     row = dict(attention=name)
+    if name == "zero-shot" and data["text"]:  # tells whether the weights were read as they were meant
+        row["text_first_block_ppl"] = text_perplexity(model, data["text"][:BLOCK], device)
+        tqdm.write(f"perplexity of the first {BLOCK:,} tokens of the text: {row['text_first_block_ppl']:.2f}")
     if name in MAPS:
         swap(model, name)
         row["kl_before"] = divergence(model, data["kl"], config, device)
@@ -492,42 +520,57 @@ def measure_row(name, model, tokenizer, data, config, device):
     return row
 
 
+def named(row):
+    """The settings in a row with names for paths, which other machines have elsewhere."""
+    return {k: Path(v).name if k in PATHS else v for k, v in row.items()}
+
+
 def main(config):
     device, dtype, why = pick_device(config.device, config.dtype)
-    settings = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in MACHINE}))
+    settings = json.loads(json.dumps(named({k: v for k, v in asdict(config).items() if k not in MACHINE})))
     out = Path(config.out)
-    rows = json.loads(out.read_text()) if out.exists() else []
-    changed = [name for name, value in settings.items() if any(row.get(name) != value for row in rows)]
+    rows = [named(row) for row in json.loads(out.read_text())] if out.exists() else []
+    changed = [flag(name) for name, value in settings.items() if any(row.get(name) != value for row in rows)]
     if changed:
-        raise ValueError(f"{out} holds rows made with another {', '.join(changed)}: choose another --out")
+        raise ValueError(f"{out} holds rows made with another {', '.join(changed)}: give the same, or another --out")
+    lacking = [name for name in ("zero-shot", *config.attentions) if name not in {row["attention"] for row in rows}]
+    if not lacking:
+        tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
+        return print(table(rows))
     model, tokenizer = load(config, dtype)
     data, about = prepare(config, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     tqdm.write(f"{config.model} on {why}\ntrained on {about['train_rows']} dialogues of SAMSum's {about['trained_on']} "
                f"split, tested on {about['test_rows']} of test; {about['cut']} cut at {config.max_length} tokens")
-    done = [row["attention"] for row in rows]
-    for name in [name for name in ("zero-shot", *config.attentions) if name not in done]:
+    about |= provenance(device) | dict(weights=str(model.dtype))
+    about["command"] = re.sub(r"(?<!\S)/\S*/", "", about["command"])                      # names here, too
+    for name in lacking:
         row = measure_row(name, copy.deepcopy(model).to(device), tokenizer, data, config, device)
-        rows.append(row | about | settings | dict(weights=str(model.dtype)) | provenance(device))
+        rows.append(row | about | settings)
         save_json(out, rows)                                                              # a stopped run keeps its rows
         tqdm.write(f"{name}: ROUGE-1 {row['rouge1']:.1f}")
     print(table(rows))
 
 
 def table(rows):
-    """R1 / softmax: the row's ROUGE-1 to that of softmax + LoRA. Below, what each wrote of the same dialogues."""
+    """"/ softmax": ROUGE-1 and the text's perplexity to those of softmax + LoRA. GiB: the most that training took, and
+    behind the tokens a second what generation took. Below, what each wrote of the same dialogues."""
+    def show(*numbers):
+        return ["-" if x is None or math.isnan(x) else f"{x:,.2f}" for x in numbers]
+
     lengths = list(dict.fromkeys(n for row in rows for n in row["tokens_per_second"]))
-    form = "{:22}" + "{:>14}" * (7 + len(lengths))
-    lines = [form.format("", "R1", "R2", "RL", "R1 / softmax", "paper's", "text ppl", "seconds",
-                         *(f"tok/s@{n}" for n in lengths))]
-    best = next((row["rouge1"] for row in rows if row["attention"] == "softmax"), 0) or math.nan
+    form = ("{:20}" + " {:>9}" * 9 + " {:>18}" * len(lengths)).format
+    lines = [form("", "R1", "R2", "RL", "/ softmax", "paper's", "text ppl", "/ softmax", "seconds", "GiB",
+                  *(f"tok/s, GiB@{n}" for n in lengths))]
+    best = next((row for row in rows if row["attention"] == "softmax"), {})
     for row in rows:
         seconds = sum(row.get(f"{stage}_seconds", 0) for stage in ("distill", "lora", "generate"))
-        paper = PAPER.get(row["attention"], math.nan) / PAPER["softmax"]
-        numbers = [row["rouge1"], row["rouge2"], row["rougeL"], row["rouge1"] / best, paper,
-                   row.get("text_ppl", math.nan), seconds, *(row["tokens_per_second"].get(n) for n in lengths)]
-        lines.append(form.format(row["attention"] + " + LoRA" * ("lora_seconds" in row),
-                                 *("-" if x is None or math.isnan(x) else f"{x:,.2f}" for x in numbers)))
+        ppl, paper = row.get("text_ppl", math.nan), PAPER.get(row["attention"], math.nan) / PAPER["softmax"]
+        gib = max((row.get(f"{stage}_gib") or 0 for stage in ("distill", "lora"))) or None
+        numbers = show(row["rouge1"], row["rouge2"], row["rougeL"], row["rouge1"] / (best.get("rouge1") or math.nan),
+                       paper, ppl, ppl / best.get("text_ppl", math.nan), seconds, gib)
+        speeds = (show(row["tokens_per_second"].get(n), row["generate_gib"].get(n)) for n in lengths)
+        lines.append(form(row["attention"] + " + LoRA" * ("lora_seconds" in row), *numbers, *map(", ".join, speeds)))
     for i, x in enumerate(rows[0]["samples"]):
         lines += [f"\ndialogue {x['id']}", f"  {'a person':13}{x['summary']}"]
         lines += [f"  {row['attention']:13}{' '.join(row['samples'][i]['written'].split())}" for row in rows]

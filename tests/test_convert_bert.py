@@ -437,7 +437,8 @@ def rows_of(out):
     return {(row["task"], row["attention"]): row for row in json.loads((out / "rows.json").read_text())}
 
 
-def test_the_whole_table_at_toy_size(world, tmp_path, capsys):
+def test_the_whole_table_at_toy_size(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/convert_bert.py", "--model", "/b/bert", "--data", "data/glue"])
     convert_bert.main(given(world, tmp_path, "--task", "mrpc", "--seeds", "0", "1"))
     rows, printed = rows_of(tmp_path), capsys.readouterr().out
     assert [key[1] for key in rows] == ["softmax", "hedgehog", "elu", "t2r", "hedgehog-undistilled"]
@@ -449,6 +450,7 @@ def test_the_whole_table_at_toy_size(world, tmp_path, capsys):
         assert row["std"] == pytest.approx(np.std(row["scores"], ddof=1))
         assert row["recovered"] == pytest.approx(100 * row["score"] / softmax["score"]) and row["accuracy"] <= 1
         assert {"command", "commit", "device", "torch", "transformers", "lr", "limit", "seconds"} <= row.keys()
+        assert row["command"] == "python convert_bert.py --model bert --data data/glue"
         assert row["model"] == "bert" and f"{100 * row['score']:.1f}" in printed
     assert list(mine["stages"]) == ["teacher", "swapped", "distilled", "finetuned"]
     assert list(rows["mrpc", "hedgehog-undistilled"]["stages"]) == ["teacher", "swapped", "finetuned"]
@@ -549,6 +551,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(world, tmp_path, monkeypatc
     # Another seed and another attention join the rows.
     convert_bert.main(given(world, tmp_path, *flags, "t2r", "--seeds", "0", "1", "--task", "mrpc"))
     assert jobs[3:] == [("mrpc", 0, ["t2r"]), ("mrpc", 1, [*both, "t2r"])]
+    assert "nothing is trained" not in capsys.readouterr().out
+    convert_bert.main(given(world, tmp_path, *flags))
+    assert len(jobs) == 5 and "rows.json has all these rows already, nothing is trained" in capsys.readouterr().out
     assert [(row["task"], row["attention"], row["seeds"]) for row in rows_of(tmp_path).values()] == [
         ("cola", "softmax", 1), ("cola", "elu", 1), ("mrpc", "softmax", 2), ("mrpc", "elu", 2), ("mrpc", "t2r", 2)]
     with pytest.raises(ValueError, match="holds rows made with another --lr: give the same, or"):
@@ -630,14 +635,15 @@ def test_held_out_rows_are_no_training_rows_and_batches_hold_every_row_once(worl
 @pytest.mark.parametrize("flags, what", [
     (("--batch-size", "0"), "--batch-size must be at least 1"),
     (("--seeds", "-1"), "--seeds must be at least 0"),
-    (("--model", "./no/such/folder"), "./no/such/folder"),
+    (("--model", "./no/such/folder"), "no BERT with a tokenizer at --model ./no/such/folder: give a folder"),
     (("--limit", "1"), "too few to hold one out: raise --limit"),
     (("--teacher-lr", "1e30"), "is not finite after epoch 1: lower --teacher-lr"),
 ])
 def test_bad_input_is_told_in_a_sentence(flags, what, world, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli(lambda: convert_bert.main(given(world, tmp_path, "--task", "cola", "--attentions", "softmax", *flags)))
-    assert what in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert what in told and "free some space" not in told
 
 
 def test_another_architecture_and_a_missing_package_are_told(world, tmp_path, monkeypatch):
@@ -656,3 +662,7 @@ def test_several_seeds_are_several_values_of_one_flag():
     config = parse_config(BertConfig, argv=["--seeds", "3", "5", "--task", "rte"])
     assert list(config.seeds) == [3, 5] and list(config.task) == ["rte"]
     assert parse_config(BertConfig, argv=[]).seeds == (0, 1, 2)
+
+
+def test_the_defaults_touch_no_committed_rows():
+    assert BertConfig().out == "runs/bert.json"

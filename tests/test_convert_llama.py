@@ -5,10 +5,13 @@ import csv
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import convert_llama
+import peft
 import transformers
 from convert_gpt2 import maps_of
 from convert_llama import LlamaConfig, swap, swap_back
@@ -204,7 +208,7 @@ def test_generate_writes_with_the_state_what_it_writes_without_a_cache(options):
 def test_a_state_continues_no_keys_and_forgets_nothing():
     model, ids, cache = tiny(kind=None), some_ids(), transformers.DynamicCache()
     step(model, ids, cache)
-    with pytest.raises(ValueError, match="cannot continue one of DynamicLayer that holds keys of softmax"):
+    with pytest.raises(ValueError, match="cannot continue one that holds keys of softmax: start with an empty one"):
         step(swap(model), ids, cache)
     cache = transformers.DynamicCache()
     step(model, ids, cache)
@@ -213,8 +217,19 @@ def test_a_state_continues_no_keys_and_forgets_nothing():
     assert not cache.is_croppable
     with pytest.raises(ValueError, match="which softmax cannot continue"):
         step(swap_back(model), ids, cache)
-    with pytest.raises(ValueError, match="default kind"):
+    with pytest.raises(ValueError, match="cannot use one of StaticLayer: leave out cache_implementation, or pass an "
+                                         r"empty DynamicCache\(\)"):
         swap(model).generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
+
+
+def test_weights_that_are_never_formed_are_not_given_out():
+    model, ids = tiny(implementation="eager"), some_ids()
+    for options in (dict(output_attentions=True), {}):
+        model.config.output_attentions = not options
+        with pytest.raises(ValueError, match=r"leave out output_attentions, or swap_back\(model\)"):
+            logits(model, ids, **options)
+    logits(model, ids, output_attentions=False)
+    assert len(swap_back(model)(input_ids=ids).attentions) == 2
 
 
 def test_the_rows_of_a_cache_can_be_repeated_and_chosen():
@@ -243,15 +258,17 @@ def masks(T=6):
                                                            prefix=prefix).items()}
 
 
-REFUSED = "linear attention can leave out padding, and nothing else"
+REFUSED = ('cannot honour {}.*: load the model with attn_implementation "sdpa" or "eager" and give it nothing but a '
+           r"\(B, S\) mask of padding, or swap_back\(model\)").format
 
 
-@pytest.mark.parametrize("name", ["window", "packed", "prefix"])
-def test_a_mask_that_is_not_padding_is_refused(name):
+@pytest.mark.parametrize("name, called", [("window", "a sliding window"), ("prefix", "a mask that shows a token later"),
+                                          ("packed", "a mask that hides tokens from some later ones .packed seq")])
+def test_a_mask_that_is_not_padding_is_refused(name, called):
     model, ids, mask = tiny(), some_ids(2, 6), masks()[name]
     additive = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
     for given in (mask, additive):
-        with pytest.raises(ValueError, match=REFUSED):
+        with pytest.raises(ValueError, match=REFUSED(called)):
             logits(model, ids, attention_mask=given)
 
 
@@ -262,16 +279,18 @@ def test_masks_that_can_be_honoured_are_and_others_are_refused():
     alibi = torch.rand(2, 1, 6, 6, dtype=torch.float64) - 1e9 * (~causal).double()
     early_bias, padded = alibi.clone(), causal & (torch.arange(6) > 1)
     early_bias[..., -1, :] = 0
-    for mask in (alibi, early_bias, torch.cat((causal, padded), dim=1).repeat(1, 2, 1, 1)):  # heads that differ
-        with pytest.raises(ValueError, match=REFUSED):
+    heads = torch.cat((causal, padded), dim=1).repeat(1, 2, 1, 1)
+    for mask, called in ((alibi, "a bias"), (early_bias, "a bias"), (heads, "a mask that differs from head to head")):
+        with pytest.raises(ValueError, match=REFUSED(called)):
             logits(model, ids, attention_mask=mask)
-    with pytest.raises(ValueError, match=REFUSED):
+    with pytest.raises(ValueError, match=REFUSED("a mask that hides .*packed")):
         logits(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1))
     visible, flash = convert_llama.visible_keys, torch.tensor([[0, 1, 1, 1]])
     assert visible(flash, None, 2, 2).tolist() == [[True, True]] and visible(None, None, 4, 0) is None
     restart = torch.tensor([[0, 1, 0, 1]])  # packed: flash attention has no mask then
-    for mask, positions, past in ((None, restart, 0), (object(), None, 0), (flash, None, 2)):
-        with pytest.raises(ValueError, match=REFUSED):
+    for mask, positions, past, called in ((None, restart, 0, "position_ids"), (flash, None, 2, "a mask of 4 keys where "
+                                           "there are 6"), (object(), None, 0, "the object of flex_attention")):
+        with pytest.raises(ValueError, match=REFUSED(called)):
             visible(mask, positions, 4, past)
 
 
@@ -281,10 +300,42 @@ def test_another_architecture_head_width_or_map_is_refused():
         swap(gpt2)
     with pytest.raises(ValueError, match="'cosformer' is not a map of single heads and positions: choose one of"):
         swap(tiny(), "cosformer")
-    model = tiny(kind=None)
-    model.model.layers[0].self_attn.head_dim = 4
-    with pytest.raises(ValueError, match="a head width that does not match: 2 heads of 4 are not the 16 keys"):
+
+
+@pytest.mark.parametrize("kind", [None, "elu"])
+@pytest.mark.parametrize("change, told", [
+    (lambda model: setattr(model.model.layers[1].self_attn, "head_dim", 4),
+     "4 and 2 heads of 4 are not layer 1's 32 queries and 16 keys"),
+    (lambda model: setattr(model.config, "num_attention_heads", 2), "2 and 2 heads of 8 are not layer 0's 32 queries"),
+    (lambda model: setattr(model.config, "num_key_value_heads", 4), "4 and 4 heads of 8 are not layer 0's 32 queries"),
+])
+def test_a_head_width_that_does_not_match_is_refused_before_a_layer_is_changed(change, told, kind):
+    model = tiny(kind=kind)
+    change(model)
+    before = [(type(layer.self_attn), list(layer.self_attn.state_dict())) for layer in model.model.layers]
+    with pytest.raises(ValueError, match=f"a head width that does not match: {told}.*: load the model with the config"):
         swap(model)
+    assert [(type(layer.self_attn), list(layer.self_attn.state_dict())) for layer in model.model.layers] == before
+    assert len(model.model._forward_pre_hooks) == (kind is not None)
+
+
+def test_a_peft_model_is_refused_with_what_to_do_and_that_works():
+    lora = partial(peft.get_peft_model, peft_config=peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    first, ids = swap(tiny(kind=None)), some_ids()
+    expected, after = logits(first, ids), lora(tiny(kind=None))
+    for refused in (swap, swap_back):
+        with pytest.raises(ValueError, match=r"before get_peft_model, or pass get_base_model\(\)"):
+            refused(after)
+    swap(after.get_base_model())
+    for model in (after, lora(first)):
+        torch.testing.assert_close(logits(model, ids), expected)
+
+
+def test_maps_and_states_are_float32_at_least():
+    for dtype, held in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        model, cache = tiny(dtype=dtype), transformers.DynamicCache()
+        assert step(model, some_ids(), cache).dtype == dtype
+        assert {p.dtype for p in maps_of(model).values()} == {layer.keys.dtype for layer in cache.layers} == {held}
 
 
 # ---------------------------------------------------------------- training
@@ -350,6 +401,41 @@ def test_distillation_compiled_is_the_same_for_batches_of_every_length(monkeypat
     assert all(torch.equal(p, parameters(models[1])[name]) for name, p in parameters(models[0]).items())
 
 
+def test_the_divergence_is_the_mean_over_queries_whatever_the_batch():
+    model = tiny()
+    one, all = (convert_llama.divergence(model, examples(), replace(CONFIG, batch_size=n), CPU) for n in (1, 6))
+    assert one == pytest.approx(all, rel=1e-6)
+
+
+@pytest.mark.parametrize("rates", [dict(distill_lr=1e-2), dict(lora_lr=1e-2), dict(map_lr=1e-2)])
+def test_each_stage_learns_at_its_own_rate(rates):
+    config, found = replace(CONFIG, **dict(distill_lr=0.0, lora_lr=0.0) | rates), {}
+    for stage in (convert_llama.distill, convert_llama.finetune):
+        model = tiny(dtype=torch.float32)
+        before = parameters(model)
+        stage(model, examples(), config, CPU)
+        found[stage.__name__] = {"maps" if ".map_" in name else "rest" for name, p in parameters(model).items()
+                                 if not torch.equal(p, before[name])}
+    moved = {name: {part} for name, part in (("distill_lr", "maps"), ("lora_lr", "rest"), ("map_lr", "maps"))}
+    assert found == dict(distill=moved["distill_lr"] if "distill_lr" in rates else set(),
+                         finetune=set() if "distill_lr" in rates else moved[min(rates)])
+
+
+def test_the_updates_count_alpha_over_rank_times():
+    """AdamW's first step is the rate, whatever the gradient, and moves of A B only the B that starts at zero."""
+    moved = {}
+    for rank, alpha in ((2, 4.0), (2, 8.0), (2, 1.0)):
+        model = tiny(kind=None, dtype=torch.float32)
+        before = parameters(model)
+        config = replace(CONFIG, rank=rank, alpha=alpha, batch_size=6, lora_epochs=1)
+        convert_llama.finetune(model, examples(), config, CPU)
+        moved[alpha] = parameters(model)["model.layers.0.self_attn.v_proj.weight"]
+        moved[alpha] -= before["model.layers.0.self_attn.v_proj.weight"]
+    for alpha in (8.0, 1.0):
+        torch.testing.assert_close(moved[alpha], moved[4.0] * alpha / 4, rtol=1e-2, atol=1e-6)
+    assert moved[4.0].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("map_lr", [0.0, 1e-2])
 @pytest.mark.parametrize("kind", [None, "hedgehog"])
 def test_lora_adds_low_rank_updates_to_the_projections_and_moves_the_maps_only_if_told_to(kind, map_lr):
@@ -408,6 +494,26 @@ def test_samsum_is_read_from_csv_and_json(tmp_path, end, name, split):
     assert splits["test"][0] == dict(id="1", dialogue="Ann: Hi, are you there?\nBob: Yes, \"here\".",
                                      summary="Bob is there.")
     assert splits["test"][1]["summary"] == unusual["summary"]
+
+
+def test_the_training_split_is_learned_where_there_is_one(tmp_path):
+    for split, rows in dict(val=ROWS[:1], train=ROWS[3:], test=ROWS[1:2]).items():
+        write_rows(tmp_path / f"{split}.csv", rows)
+    data, about = convert_llama.prepare(LlamaConfig(data=str(tmp_path)), make_tokenizer())
+    assert about["trained_on"] == "train" and len(data["train"]) == about["train_rows"] == 5
+
+
+@pytest.mark.parametrize("content, told", [(b"\xff\xfe", "cannot be read as text in UTF-8 .*invalid start byte"),
+                                           (b"a", "is too short .* .1 in all.: give a longer"), (b"", ".* .0 in all."),
+                                           (None, "cannot be read .*No such file.*: give another file")])
+@pytest.mark.parametrize("flag", ["--text", "--distill-text", "--lora-text"])
+def test_a_text_that_teaches_nothing_is_told_with_its_flag(flag, content, told, folder, tmp_path):
+    path = tmp_path / "t.txt"
+    if content is not None:
+        path.write_bytes(content)
+    config = parse(folder, tmp_path / "rows.json", f"{flag} {path}")
+    with pytest.raises(ValueError, match=f"{flag} .*t.txt {told}"):
+        convert_llama.prepare(config, make_tokenizer())
 
 
 def test_missing_and_damaged_data_are_told(tmp_path):
@@ -491,7 +597,7 @@ def test_summaries_come_in_the_order_of_the_dialogues_whatever_the_batch():
 
 @pytest.mark.parametrize("n", [2, 9, 12, 30])
 def test_every_token_of_the_text_but_the_first_is_predicted_once(n, monkeypatch):
-    monkeypatch.setattr(convert_llama, "TEXT_BLOCK", 4)
+    monkeypatch.setattr(convert_llama, "BLOCK", 4)
     model, ids = tiny(kind=None), some_ids(1, n)[0]
     nats = [torch.nn.functional.cross_entropy(logits(model, ids[None, t // 4 * 4:t + 1])[0, -1], ids[t + 1]).item()
             for t in range(n - 1)]
@@ -523,6 +629,8 @@ def parse(folder, out, flags=""):
 
 def test_the_whole_table_is_made(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert_llama, "SPEED_TOKENS", 3)
+    monkeypatch.setattr(convert_llama, "BLOCK", 16)
+    monkeypatch.setattr(sys, "argv", ["/a/convert_llama.py", "--model", f"{folder}/model", "--lora-lr", "runs/b"])
     out = tmp_path / "results" / "llama.json"
     config = parse(folder, out, "--attentions softmax hedgehog elu --limit 4")
     convert_llama.main(config)
@@ -532,11 +640,104 @@ def test_the_whole_table_is_made(folder, tmp_path, capsys, monkeypatch):
         assert all(0 <= row[key] <= 100 for key in ("rouge1", "rouge2", "rougeL")) and row["text_ppl"] > 1
         assert row["tokens_per_second"].keys() == {"8", "16"} and len(row["samples"]) == 3
         assert (row["trained_on"], row["train_rows"], row["test_rows"]) == ("val", 4, 4)
-        assert {"command", "commit", "device", "torch", "model", "lora_lr"} <= row.keys()
+        assert {"commit", "device", "torch", "lora_lr"} <= row.keys()
         assert ("kl" in row) == (name == "hedgehog") and ("lora_seconds" in row) == (name != "zero-shot")
+        assert ("text_first_block_ppl" in row) == (name == "zero-shot")
+        assert (row["model"], row["data"], row["text"], row["distill_text"]) == ("model", "data", "text.txt", "")
+        assert row["command"] == "python convert_llama.py --model model --lora-lr runs/b"
+    assert str(folder) not in out.read_text()
     printed = capsys.readouterr().out
     assert "trained on 4 dialogues of SAMSum's val split, tested on 4 of test" in printed
     assert "hedgehog + LoRA" in printed and "a person     Bob is there." in printed
+    # What was loaded can be checked by anyone: the perplexity of the text, and of its first block.
+    model, tokenizer = convert_llama.load(config, None)
+    ids = samsum.read_text(folder / "text.txt", tokenizer, "--text")
+    for key, part in (("text_ppl", ids), ("text_first_block_ppl", ids[:16])):
+        assert rows["zero-shot"][key] == pytest.approx(convert_llama.text_perplexity(model, part, CPU), rel=1e-4)
+    assert f"perplexity of the first 16 tokens of the text: {rows['zero-shot']['text_first_block_ppl']:.2f}" in printed
+
+
+def test_each_row_starts_from_the_model_as_it_came_and_learns_no_test_dialogue(folder, tmp_path, monkeypatch):
+    given, starts, real = {}, [], convert_llama.measure_row
+
+    def watch(name):
+        function = getattr(convert_llama, name)
+        monkeypatch.setattr(convert_llama, name, lambda *args: (given.setdefault(name, args[1]), function(*args))[1])
+
+    for name in ("distill", "finetune", "divergence"):
+        watch(name)
+    monkeypatch.setattr(convert_llama, "measure_row",
+                        lambda name, model, *rest: (starts.append(parameters(model)), real(name, model, *rest))[1])
+    monkeypatch.setattr(convert_llama, "summarize", lambda *args: ["Bob is not there.", *[""] * 5])
+    config = parse(folder, tmp_path / "rows.json", "--attentions softmax hedgehog t2r --generate-lengths 0 --lora-lr 1")
+    convert_llama.main(config)
+    assert len(starts) == 4 and all(torch.equal(p, start[name]) for start in starts for name, p in starts[0].items())
+    assert all(start.keys() == starts[0].keys() for start in starts)
+    splits, tokenizer = samsum.read_samsum(folder / "data"), make_tokenizer()
+    for name, split in (("distill", "val"), ("finetune", "val"), ("divergence", "test")):
+        assert given[name] == [samsum.encode(tokenizer, row, 1024) for row in splits[split]]
+    rows = json.loads((tmp_path / "rows.json").read_text())                # "Bob is there.", and what is not empty
+    assert rows[0]["rouge1"] == pytest.approx(100 * 6 / 7 / len(splits["test"]))
+
+
+def test_the_table_compares_with_softmax_after_lora():
+    def row(name, **numbers):
+        return dict(attention=name, rouge2=0.0, rougeL=0.0, samples=[], tokens_per_second={"8": 1234.0, "16": None},
+                    generate_gib={"8": 1.5, "16": None}, generate_seconds=1.0, **numbers)
+    lines = convert_llama.table([
+        row("zero-shot", rouge1=10.0, text_ppl=20.0), row("softmax", rouge1=40.0, text_ppl=16.0, lora_seconds=2.0,
+                                                          lora_gib=3.0),
+        row("hedgehog", rouge1=30.0, text_ppl=24.0, distill_seconds=4.0, distill_gib=7.0, lora_seconds=2.0,
+            lora_gib=None), row("elu", rouge1=20.0, lora_seconds=2.0)]).splitlines()
+    cells = [" ".join(line.split()) for line in lines]
+    speeds = "1,234.00, 1.50 -, -"
+    assert cells == [
+        "R1 R2 RL / softmax paper's text ppl / softmax seconds GiB tok/s, GiB@8 tok/s, GiB@16",
+        f"zero-shot 10.00 0.00 0.00 0.25 0.38 20.00 1.25 1.00 - {speeds}",
+        f"softmax + LoRA 40.00 0.00 0.00 1.00 1.00 16.00 1.00 3.00 3.00 {speeds}",
+        f"hedgehog + LoRA 30.00 0.00 0.00 0.75 0.93 24.00 1.50 7.00 7.00 {speeds}",
+        f"elu + LoRA 20.00 0.00 0.00 0.50 - - - 3.00 - {speeds}"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def permuted(weight, n_head):
+    """The rows of a q or k projection as llama.cpp has them: the two of a rotated pair side by side."""
+    return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, model, tokenizer):
+    gguf, shape = pytest.importorskip("gguf", reason="pip install -r requirements-experiments.txt"), model.config
+    writer, bpe = gguf.GGUFWriter(str(path), "llama"), json.loads(tokenizer._tokenizer.to_str())["model"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.num_hidden_layers)
+    for key, value in dict(
+            context_length=shape.max_position_embeddings, embedding_length=shape.hidden_size, vocab_size=330,
+            block_count=shape.num_hidden_layers, feed_forward_length=shape.intermediate_size, rope_dimension_count=8,
+            head_count=shape.num_attention_heads, head_count_kv=shape.num_key_value_heads, bos_token_id=1,
+            layer_norm_rms_eps=shape.rms_norm_eps, eos_token_id=EOS, tokenizer_model="gpt2",
+            token_list=sorted(bpe["vocab"], key=bpe["vocab"].get), token_merges=map(" ".join, bpe["merges"])).items():
+        getattr(writer, f"add_{key}")(list(value) if isinstance(value, map) else value)
+    heads = dict(q_proj=shape.num_attention_heads, k_proj=shape.num_key_value_heads)
+    for name, p in model.state_dict().items():
+        n_head = heads.get(name.split(".")[-2])
+        p = permuted(p, n_head) if n_head else p
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), p.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_of_llama_cpp_gives_the_logits_it_was_made_of(tmp_path):
+    model, tokenizer, path = tiny(kind=None, dtype=torch.float32, vocab_size=330), make_tokenizer(), tmp_path / "x.gguf"
+    write_gguf(path, model, tokenizer)
+    loaded, read = convert_llama.load(LlamaConfig(model=str(path)), None)
+    torch.testing.assert_close(logits(loaded, some_ids()), logits(model, some_ids()))
+    assert loaded.dtype == torch.float32 and read("Ann: Hi").input_ids == tokenizer("Ann: Hi").input_ids
+    whole = path.read_bytes()
+    for damaged in (whole[:100], whole[:3000], whole[:-1000], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="no Llama with a tokenizer at --model .*x.gguf: give a folder"):
+            convert_llama.load(LlamaConfig(model=str(path)), None)
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch, capsys):
@@ -554,10 +755,38 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monke
         convert_llama.main(parse(folder, out, flags))
     monkeypatch.setattr(convert_llama, "measure_row", lambda name, *args: (made.append(name), real(name, *args))[1])
     convert_llama.main(parse(folder, out, flags))
-    convert_llama.main(parse(folder, out, flags))
+    assert "nothing is trained" not in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    rows = json.loads(out.read_text())
+    out.write_text(json.dumps([row | dict(model=f"/old/{row['model']}") for row in rows]))  # names alone count
+    monkeypatch.setattr(convert_llama, "load", None)
+    convert_llama.main(parse(tmp_path / "elsewhere", out, flags))
     assert made == ["zero-shot", "softmax", "elu"]
-    with pytest.raises(ValueError, match="holds rows made with another lora_lr, rank: choose another --out"):
+    assert f"{out} has all these rows already, nothing is trained: choose another --out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds rows made with another --lora-lr, --rank: give the same, or another "
+                                         "--out"):
         convert_llama.main(parse(folder, out, flags + " --lora-lr 1 --rank 3"))
+
+
+def test_the_defaults_touch_no_committed_rows():
+    config = LlamaConfig()
+    assert config.out == "runs/llama.json" and {"softmax", "hedgehog", "hedgehog_exp", "t2r"} == {*config.attentions}
+
+
+@pytest.mark.parametrize("kind", [None, "hedgehog"])
+def test_the_speed_is_that_of_the_whole_batch_after_a_prompt_read_in_pieces(kind, monkeypatch):
+    model, config, clock, widths = tiny(kind=kind, dtype=torch.float32), LlamaConfig(speed_batch=3), iter(range(99)), []
+    monkeypatch.setattr(convert_llama, "BLOCK", 4)
+    monkeypatch.setattr(convert_llama, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 2))
+    real, written = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **options: written.append((options, real(**options))))
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, y: widths.append(y.shape[:2]))
+    assert convert_llama.speed(model, 10, config, CPU) == (3 / 0.5, None)
+    assert widths == [(3, 4), (3, 4), (3, 2)] + [(3, 1)] * (convert_llama.SPEED_TOKENS - 1)
+    hook.remove()
+    (options, tokens), = written
+    del options["prefill_chunk_size"]
+    assert torch.equal(tokens, real(**options))                               # in pieces or not
 
 
 def test_a_length_that_does_not_fit_costs_no_row(monkeypatch):
@@ -585,7 +814,7 @@ def test_the_table_has_its_updates_learn_the_text(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(convert_llama, "finetune", lambda *args: (learned.append(args[4]), real(*args))[1])
     flags = f"--attentions softmax --limit 2 --generate-lengths 0 --lora-text {folder / 'text.txt'}"
     convert_llama.main(parse(folder, tmp_path / "rows.json", flags))
-    ids = convert_llama.read_text(folder / "text.txt", make_tokenizer())
+    ids = samsum.read_text(folder / "text.txt", make_tokenizer(), "--lora-text")
     assert [[t for x in text for t in x["ids"]] for text in learned] == [ids]
 
 
@@ -612,6 +841,11 @@ def test_a_text_may_be_learned_before_the_summaries(folder, tmp_path):
     ("--model {tmp}", "give a folder with config.json, a .gguf file or a name on the hub"),
     ("--data {tmp}/nowhere", "nowhere has to hold SAMSum's test split"),
     ("--max-length 0", "--max-length must be at least 1"),
+    ("--limit -1", "--limit must be at least 0"),
+    ("--generate-lengths 8 -8", "--generate-lengths must be at least 0"),
+    ("--distill-epochs -1", "--distill-epochs must be at least 0"),
+    ("--lora-epochs -1", "--lora-epochs must be at least 0"),
+    ("--lora-lr nan", "--lora-lr must be at least 0"),
     ("--distill-lr 1e30 --attentions hedgehog_exp --distill-epochs 9", "the loss is .*: lower the learning rate"),
 ])
 def test_bad_input_is_told_in_a_sentence(flags, sentence, folder, tmp_path):
@@ -621,6 +855,11 @@ def test_bad_input_is_told_in_a_sentence(flags, sentence, folder, tmp_path):
         make_tokenizer().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ValueError, match=sentence):
         convert_llama.main(parse(folder, tmp_path / "rows.json", flags.format(tmp=tmp_path)))
+
+
+def test_it_can_be_imported_from_the_root_of_the_repository():
+    code = "from experiments.convert_llama import maps_of, swap, swap_back"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_missing_package_names_the_requirements_file():
