@@ -38,13 +38,12 @@ into registers that then spill (hence disable_licm), and where a number is used 
 that, sums of columns as products (`column_sums`), and R read once, forward and backward took 0.85 ms instead of 1.00 at
 T = 1,024, and 0.96 instead of 1.15 at 16,384 (experiments/results/triton-variants.json).
 
-Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/results/triton-ncu.json; at 1.45 GHz, where Nsight Compute
-held it): what must be read and written once takes, at 3 TB/s, 31 % of the time of forward, 63 % of states, 51 % of
-grad_kv and 57 % of grad_q; their sum is 51 % of the time of all four, and a single pass each way that kept all else on
-the chip would be 22 %. A chunk's work is a chain of small products, reductions and barriers, and two programs hide
-little of it: an instruction is issued in 23 to 29 of 100 cycles, tensor cores are busy in 13 to 22, and a warp waits
-for memory in 15 to 42 % of the samples, for the last instruction's result in 16 to 23, at barriers in 13, for shared
-memory and the like in 6 to 16.
+Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/results/triton-ncu.json; at 1.8 GHz): what must be read and
+written once takes, at 3 TB/s, 37 % of the time of forward, 72 % of states, 57 % of grad_kv and 64 % of grad_q; their
+sum is 58 % of the time of all four, and a single pass each way that kept all else on the chip would be 25 %. A chunk's
+work is a chain of small products, reductions and barriers, and two programs hide little of it: an instruction is issued
+in 22 to 29 of 100 cycles, tensor cores are busy in 13 to 20, and a warp waits for memory in 17 to 47 % of the samples,
+for the last instruction's result in 15 to 23, at barriers in 12 to 15, for shared memory and the like in 6 to 15.
 
 Tried and left: keeping S_n from the forward pass, so that the backward pass walks once, and making all three gradients
 in one kernel: 0.76 ms, but 100 MiB more kept a layer at 32,768 tokens, and a kernel more to read.
