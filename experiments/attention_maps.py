@@ -18,7 +18,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import draw_if_possible, figure, read, save, student, students_parser, teacher_and_text, weights
+from common import draw_if_possible, figure, save
+from students import rate, read, student, students_parser, teacher_and_text, weights
 
 from data.prepare import load_tokenizer
 from convert_gpt2 import faithfulness
@@ -59,12 +60,13 @@ def pictures(models, layers):
     return dict(heads=heads, maps=maps, kl_of_heads=kl_of_heads)
 
 
-def measure(name, model, texts, context, distilled_at, device):
-    """A row a text: KL from softmax, one a layer."""
-    config = SimpleNamespace(block_size=context, batch_size=max(1, 2048 // context))
-    return [dict(map=name, distilled_at=distilled_at, text=text, context=context,
-                 kl=(found := faithfulness(model, tokens, config, device, nullcontext())["kl"]),
-                 mean=sum(found) / len(found)) for text, tokens in texts.items()]
+def measure(args, name, model, texts, context, length, device):
+    """A row a text: KL from softmax, one a layer, of a map that was distilled at `length`, if it was."""
+    config, lr = SimpleNamespace(block_size=context, batch_size=max(1, 2048 // context)), rate(args, **MAPS[name])
+    about = dict(map=name, distilled_at=length if lr else None, distill_lr=lr, seed=args.seed)
+    return [about | dict(text=text, context=context,
+                         kl=(found := faithfulness(model, tokens, config, device, nullcontext())["kl"]),
+                         mean=sum(found) / len(found)) for text, tokens in texts.items()]
 
 
 def table(rows):
@@ -105,14 +107,13 @@ def main(args):
     models = {name: student(teacher, data, args, device, **options) for name, options in maps.items()}
     rows = []
     for name, model in models.items():
-        rows += measure(name, model, texts, T, T if "after" in name else None, device)
+        rows += measure(args, name, model, texts, T, T, device)
     contexts = [short * 2 ** i for i in range(20) if short * 2 ** i <= T]
     for name in ("hedgehog after", "hedgehog_exp after", "t2r after", "elu"):
         options = MAPS[name] | dict(name=f"{MAPS[name]['attention']}-{short}", distill_batch_size=max(1, 2048 // short))
         model = student(teacher, data, args, device, block_size=short, **options)
         for context in contexts:
-            rows += measure(name, model, {"held out": data["valid"]}, context, short if "after" in name else None,
-                            device)
+            rows += measure(args, name, model, {"held out": data["valid"]}, context, short, device)
     found = dict(rows=rows, text=args.text, other=Path(args.other).name, distill_steps=args.distill_steps,
                  **provenance(device))
     if models:
@@ -124,7 +125,7 @@ def main(args):
 
 
 def parse(argv=None):
-    parser = students_parser(__doc__, "runs/convert-tiny", 1e-2, "experiments/results/attention_maps.json")
+    parser = students_parser(__doc__, "runs/maps-tiny", 1e-2, "experiments/results/attention_maps.json")
     add = parser.add_argument
     add("--text", default=TEXT, help="what is read for the pictures")
     add("--other", default=argparse.__file__, help="a text of another kind: Python code by default")
