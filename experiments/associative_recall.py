@@ -3,6 +3,8 @@
     python experiments/associative_recall.py --attention hedgehog --workers 2     one, three seeds
     python experiments/associative_recall.py --device cuda --workers 12           the whole table
 
+The rows of --out are kept, those of other settings refused: a run that was stopped goes on.
+
 A row lists key value key value ... => key, and the model must name that key's value. Every row draws its own map from
 keys to values, so nothing can be learned by heart but the looking up: find where the key stood, and copy what stood
 behind it. A model that cannot may still name some value of the row, which is right in `guess` of the rows.
@@ -23,7 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from common import GREY, color, draw_if_possible, figure, save
+from common import GREY, color, draw_if_possible, figure, rows_so_far, save
 from recall_task import RESULTS, VARIANTS, run, with_means
 from tqdm import tqdm
 
@@ -59,7 +61,7 @@ class RecallConfig:
     device: str = opt("cpu", "where to run; the steps are so small that a GPU is idle most of the time",
                       ("auto", "cuda", "mps", "cpu"))
     workers: int = opt(1, "runs at once, each a process")
-    out: str = opt("experiments/results/associative_recall.json", "the rows; the figure goes beside it")
+    out: str = opt("runs/associative_recall.json", "the rows; the figure goes beside it")
 
     def __post_init__(self):
         if self.length < 4 or self.length % 2 or self.vocabulary < 4 or self.vocabulary % 2:
@@ -101,11 +103,12 @@ def main(config):
     machine = ("attention", "seeds", "device", "workers", "out")
     setting = {key: value for key, value in asdict(config).items() if key not in machine}
     out, about = Path(config.out), setting | provenance(pick_device(config.device, "float32")[0])
-    rows = json.loads(out.read_text()) if out.exists() else []
-    rows = [row for row in rows if row["seed"] != "mean" and setting.items() <= row.items()]
+    rows = [row for row in rows_so_far(out, setting) if row["seed"] != "mean"]
     done = {(row["attention"], row["seed"]) for row in rows}                              # by a run that was stopped
     names = list(VARIANTS) if config.attention == "all" else [config.attention]
     wanted = [(name, seed) for name in names for seed in range(config.seeds) if (name, seed) not in done]
+    if not wanted:
+        print(f"every row is in {out} already: choose another --out to run them again")
     teachers = sorted({seed for name, seed in wanted})
     out.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn").Pool(config.workers) if config.workers > 1 else nullcontext()

@@ -1,8 +1,9 @@
-"""What the experiments share: how their figures look.
+"""What the experiments share: how their figures look, and the rows that a run goes on from.
 
 Import this module before those of the root folder, which it puts on the path: they are no installed package.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ except ImportError:  # the numbers are there without it
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from train_gpt import flag  # noqa: E402
+
 RESULTS = HERE / "results"
 
 
@@ -64,3 +67,18 @@ def draw_if_possible(draw, path):
         print(f"{path} is written, its figure is not: pip install -r requirements-experiments.txt")
     else:
         draw(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def rows_so_far(path, settings):
+    """The rows that an earlier run left in path. ValueError if they are of other settings: a table holds one."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    settings = json.loads(json.dumps(settings))  # tuples are lists in a file
+    found = {f"{flag(k)} {row.get(k)}": flag(k) for k, v in settings.items() for row in rows if row.get(k) != v}
+    if found:
+        raise ValueError(f"{path} holds rows made with {', '.join(found)}: give the same "
+                         f"{', '.join(dict.fromkeys(found.values()))}, or choose another --out")
+    return rows
