@@ -74,29 +74,29 @@ class RecallConfig:
 def draw(path):
     """Both questions: from scratch in pale bars, converted in full ones."""
     rows = json.loads(path.read_text())
-    names = [row["attention"] for row in rows if row["seed"] == "mean"]
-    fig, [[ax]] = figure(height=1.2 + 0.45 * len(names))
-    counts = []
-    for key, start, offset, alpha in (("accuracy", "from scratch", -0.2, 0.5), ("converted", "from softmax", 0.2, 1)):
-        percent = {(row["attention"], row["seed"]): 100 * row[key] for row in rows if key in row}
-        mean = {name: value for (name, seed), value in percent.items() if seed == "mean"}
-        if mean:
-            at = {name: names.index(name) + offset for name in mean}
-            ax.barh([*at.values()], [*mean.values()], 0.38, color=[color(name) for name in mean], alpha=alpha)
-            for name, value in mean.items():
-                right = max(x for (other, _), x in percent.items() if other == name)
-                ax.text(right + 2, at[name], f"{value:.0f} {start}", va="center", fontsize=10)
-            ax.plot(*zip(*((value, at[name]) for (name, seed), value in percent.items() if seed != "mean")), "o",
-                    color=GREY, markersize=4, markerfacecolor="none")
-            solved = [name for name in mean if mean[name] >= 99]
-            counts.append(f"{start} by {solved[0] if len(solved) == 1 else f'{len(solved)} of {len(mean)}'}")
+    means = {row["attention"]: row for row in rows if row["seed"] == "mean"}
+    names, said = list(means), {}
+    fig, [[ax]] = figure(height=1.5 + 0.45 * len(names))
+    for key, label, offset, alpha in (("accuracy", "from scratch", -0.2, 0.5),
+                                      ("converted", "converted from softmax", 0.2, 1)):
+        for name, row in means.items():
+            if key in row:
+                y = names.index(name) + offset
+                seeds = [100 * r[key] for r in rows if r["attention"] == name and r["seed"] != "mean"]
+                ax.barh(y, 100 * row[key], 0.38, color=color(name), alpha=alpha)
+                ax.plot(seeds, [y] * len(seeds), "o", color="#4a5058", markersize=4, markerfacecolor="#e6e8eb")
+                ax.text(108, y, f"{100 * row[key]:.0f}", ha="right", va="center")  # where it crosses no line
+                said.setdefault(name, []).append(f"{100 * row[key]:.0f} % {label}")
+        ax.barh(0, 0, color=GREY, alpha=alpha, label=label)
     ax.set_yticks(range(len(names)), names)
     ax.set_xticks(range(0, 101, 20))
     ax.invert_yaxis()
-    ax.set_xlim(0, 125)
+    ax.set_xlim(0, 109)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("accuracy, % (mean; dots: seeds)")
-    save(fig, path.with_suffix(".png"), f"Associative recall: solved {', '.join(counts)}")
+    fig.legend(loc="outside lower center", ncols=2)
+    name = "hedgehog" if "hedgehog" in names else names[-1]
+    save(fig, path.with_suffix(".png"), f"Associative recall by {name}: {', '.join(said[name])}")
 
 
 def main(config):

@@ -77,7 +77,7 @@ def draw(path):
     fig, axes = figure(-(-len(curves) // 4), 4, height=1.9 * -(-len(curves) // 4) + 0.9, sharex=True, sharey=True)
     for ax, (name, points) in zip(axes.flat, curves.items()):
         x, y, low, high = ([point[key] for point in points] for key in ("log_softmax", "mean", "low", "high"))
-        ax.fill_between(x, low, high, color=color(name), alpha=0.25, linewidth=0)
+        ax.fill_between(x, np.maximum(low, 1e-9), high, color=color(name), alpha=0.25, linewidth=0)
         ax.plot(x, y, color=color(name))
         ax.plot([-8, 0], [2.718 ** -8, 1], color=GREY, linestyle="--", linewidth=1)
         ax.set(yscale="log", ylim=(1e-4, 1.5))

@@ -5,6 +5,7 @@ Import this module before those of the root folder, which it puts on the path: t
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 try:
@@ -30,7 +31,7 @@ GREY, COLORS = "#7f8791", ("#d9822b", "#4a8fe0", "#3da35d", "#c25b9f", "#8a78d6"
 STYLE = {"font.size": 12, "axes.titlesize": 12.5, "figure.dpi": 120, "savefig.transparent": True,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "grid.color": GREY,
          "legend.frameon": False, "legend.labelcolor": GREY, "lines.linewidth": 2,
-         "figure.constrained_layout.use": True,
+         "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.06,
          **{key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color",
                                   "ytick.color")}}
 
@@ -41,7 +42,9 @@ def figure(rows=1, columns=1, height=3.6, **options):
 
 
 def save(fig, path, title):
-    fig.suptitle(title, color=GREY, fontsize=min(13.5, 1000 / len(title)), fontweight="bold")  # as wide as the figure
+    lines = -(-len(title) // 82)  # of 82 characters one in 12 points is as wide as the figure
+    fig.suptitle(textwrap.fill(title, len(title) // lines + 6), color=GREY, fontweight="bold",
+                 fontsize=min(13.5, 1000 / len(title) * lines))
     fig.savefig(path, pil_kwargs=dict(optimize=True))
     plt.close(fig)
     print(f"{path}: {title}")
@@ -53,10 +56,12 @@ def color(name):
 
 
 def bars(ax, names, values, label, form="{:.2f}", colors=None):
-    drawn = ax.barh(names, values, color=colors or [color(name) for name in names])
-    ax.bar_label(drawn, [form.format(v) for v in values], padding=4, color=GREY)
+    """Bars, and their values in a column on the right, where they cross no line."""
+    ax.barh(names, values, color=colors or [color(name) for name in names])
+    for y, value in enumerate(values):
+        ax.annotate(form.format(value), (1, y), (48, 0), ("axes fraction", "data"), "offset points", ha="right",
+                    va="center", color=GREY)
     ax.invert_yaxis()
-    ax.margins(x=0.16)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(label)
 
