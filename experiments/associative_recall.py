@@ -3,6 +3,8 @@
     python experiments/associative_recall.py --attention hedgehog --workers 2     one, three seeds
     python experiments/associative_recall.py --device cuda --workers 12           the whole table
 
+The rows of --out are kept, those of other settings refused: a run that was stopped goes on.
+
 A row lists key value key value ... => key, and the model must name that key's value. Every row draws its own map from
 keys to values, so nothing can be learned by heart but the looking up: find where the key stood, and copy what stood
 behind it. A model that cannot may still name some value of the row, which is right in `guess` of the rows.
@@ -23,7 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from common import GREY, color, draw_if_possible, figure, save
+from common import GREY, color, draw_if_possible, figure, rows_so_far, save
 from recall_task import RESULTS, VARIANTS, run, with_means
 from tqdm import tqdm
 
@@ -59,7 +61,7 @@ class RecallConfig:
     device: str = opt("cpu", "where to run; the steps are so small that a GPU is idle most of the time",
                       ("auto", "cuda", "mps", "cpu"))
     workers: int = opt(1, "runs at once, each a process")
-    out: str = opt("experiments/results/associative_recall.json", "the rows; the figure goes beside it")
+    out: str = opt("runs/associative_recall.json", "the rows; the figure goes beside it")
 
     def __post_init__(self):
         if self.length < 4 or self.length % 2 or self.vocabulary < 4 or self.vocabulary % 2:
@@ -72,40 +74,41 @@ class RecallConfig:
 def draw(path):
     """Both questions: from scratch in pale bars, converted in full ones."""
     rows = json.loads(path.read_text())
-    names = [row["attention"] for row in rows if row["seed"] == "mean"]
-    fig, [[ax]] = figure(height=1.2 + 0.45 * len(names))
-    counts = []
-    for key, start, offset, alpha in (("accuracy", "from scratch", -0.2, 0.5), ("converted", "from softmax", 0.2, 1)):
-        percent = {(row["attention"], row["seed"]): 100 * row[key] for row in rows if key in row}
-        mean = {name: value for (name, seed), value in percent.items() if seed == "mean"}
-        if mean:
-            at = {name: names.index(name) + offset for name in mean}
-            ax.barh([*at.values()], [*mean.values()], 0.38, color=[color(name) for name in mean], alpha=alpha)
-            for name, value in mean.items():
-                right = max(x for (other, _), x in percent.items() if other == name)
-                ax.text(right + 2, at[name], f"{value:.0f} {start}", va="center", fontsize=10)
-            ax.plot(*zip(*((value, at[name]) for (name, seed), value in percent.items() if seed != "mean")), "o",
-                    color=GREY, markersize=4, markerfacecolor="none")
-            solved = [name for name in mean if mean[name] >= 99]
-            counts.append(f"{start} by {solved[0] if len(solved) == 1 else f'{len(solved)} of {len(mean)}'}")
+    means = {row["attention"]: row for row in rows if row["seed"] == "mean"}
+    names, said = list(means), {}
+    fig, [[ax]] = figure(height=1.5 + 0.45 * len(names))
+    for key, label, offset, alpha in (("accuracy", "from scratch", -0.2, 0.5),
+                                      ("converted", "converted from softmax", 0.2, 1)):
+        for name, row in means.items():
+            if key in row:
+                y = names.index(name) + offset
+                seeds = [100 * r[key] for r in rows if r["attention"] == name and r["seed"] != "mean"]
+                ax.barh(y, 100 * row[key], 0.38, color=color(name), alpha=alpha)
+                ax.plot(seeds, [y] * len(seeds), "o", color="#4a5058", markersize=4, markerfacecolor="#e6e8eb")
+                ax.text(108, y, f"{100 * row[key]:.0f}", ha="right", va="center")  # where it crosses no line
+                said.setdefault(name, []).append(f"{100 * row[key]:.0f} % {label}")
+        ax.barh(0, 0, color=GREY, alpha=alpha, label=label)
     ax.set_yticks(range(len(names)), names)
     ax.set_xticks(range(0, 101, 20))
     ax.invert_yaxis()
-    ax.set_xlim(0, 125)
+    ax.set_xlim(0, 109)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("accuracy, % (mean; dots: seeds)")
-    save(fig, path.with_suffix(".png"), f"Associative recall: solved {', '.join(counts)}")
+    fig.legend(loc="outside lower center", ncols=2)
+    name = "hedgehog" if "hedgehog" in names else names[-1]
+    save(fig, path.with_suffix(".png"), f"Associative recall by {name}: {', '.join(said[name])}")
 
 
 def main(config):
     machine = ("attention", "seeds", "device", "workers", "out")
     setting = {key: value for key, value in asdict(config).items() if key not in machine}
     out, about = Path(config.out), setting | provenance(pick_device(config.device, "float32")[0])
-    rows = json.loads(out.read_text()) if out.exists() else []
-    rows = [row for row in rows if row["seed"] != "mean" and setting.items() <= row.items()]
+    rows = [row for row in rows_so_far(out, setting) if row["seed"] != "mean"]
     done = {(row["attention"], row["seed"]) for row in rows}                              # by a run that was stopped
     names = list(VARIANTS) if config.attention == "all" else [config.attention]
     wanted = [(name, seed) for name in names for seed in range(config.seeds) if (name, seed) not in done]
+    if not wanted:
+        print(f"every row is in {out} already: choose another --out to run them again")
     teachers = sorted({seed for name, seed in wanted})
     out.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn").Pool(config.workers) if config.workers > 1 else nullcontext()

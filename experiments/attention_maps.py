@@ -12,13 +12,15 @@ long (train_gpt.py --attention softmax --block-size 4096) and give --short 256 -
 
 import argparse
 import json
+import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import draw_if_possible, figure, read, save, student, students_parser, teacher_and_text, weights
+from common import GREY, draw_if_possible, figure, plt, save
+from students import rate, read, student, students_parser, teacher_and_text, weights
 
 from data.prepare import load_tokenizer
 from convert_gpt2 import faithfulness
@@ -59,12 +61,13 @@ def pictures(models, layers):
     return dict(heads=heads, maps=maps, kl_of_heads=kl_of_heads)
 
 
-def measure(name, model, texts, context, distilled_at, device):
-    """A row a text: KL from softmax, one a layer."""
-    config = SimpleNamespace(block_size=context, batch_size=max(1, 2048 // context))
-    return [dict(map=name, distilled_at=distilled_at, text=text, context=context,
-                 kl=(found := faithfulness(model, tokens, config, device, nullcontext())["kl"]),
-                 mean=sum(found) / len(found)) for text, tokens in texts.items()]
+def measure(args, name, model, texts, context, length, device):
+    """A row a text: KL from softmax, one a layer, of a map that was distilled at `length`, if it was."""
+    config, lr = SimpleNamespace(block_size=context, batch_size=max(1, 2048 // context)), rate(args, **MAPS[name])
+    about = dict(map=name, distilled_at=length if lr else None, distill_lr=lr, seed=args.seed)
+    return [about | dict(text=text, context=context,
+                         kl=(found := faithfulness(model, tokens, config, device, nullcontext())["kl"]),
+                         mean=sum(found) / len(found)) for text, tokens in texts.items()]
 
 
 def table(rows):
@@ -77,22 +80,29 @@ def table(rows):
 
 
 def draw(path):
-    """The pictures: a row a head, a column a map."""
+    """The pictures: a row a head, a column a map; in the grey of the future the KL of that picture alone."""
     found = json.loads(path.read_text())
-    names = list(found["maps"])
-    fig, axes = figure(len(found["heads"]), len(names), height=2.15 * len(found["heads"]) + 0.6)
-    for i, (layer, head) in enumerate(found["heads"]):
-        for j, name in enumerate(names):
-            ax, rows = axes[i, j], found["maps"][name][i]
-            T = len(rows)
-            square = [[max(0, w) ** 0.5 for w in row] + [float("nan")] * (T - len(row)) for row in rows]
-            ax.imshow(square, cmap="inferno", vmin=0, vmax=1, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            ax.grid(False)
-            ax.set_title(name, fontsize=11.5) if i == 0 else None
-        axes[i, 0].set_ylabel(f"layer {layer}, head {head}")
-    kl = {name: sum(found["kl_of_heads"][name]) / len(found["heads"]) for name in names if name != "softmax"}
-    save(fig, path.with_suffix(".png"), "KL from softmax: " + ", ".join(f"{name} {x:.2f}" for name, x in kl.items()))
+    names, n = list(found["maps"]), len(found["heads"])
+    fig, axes = figure(n, len(names), height=2.1 * n + 2, sharex=True, sharey=True)
+    for (i, j), ax in np.ndenumerate(axes):
+        rows, kl = found["maps"][names[j]][i], found["kl_of_heads"][names[j]][i]
+        square = [[max(0, w) ** 0.5 for w in row] + [np.nan] * (len(rows) - len(row)) for row in rows]
+        image = ax.imshow(square, cmap=plt.get_cmap("inferno").with_extremes(bad=GREY), vmin=0, vmax=1)
+        if names[j] != "softmax":
+            ax.text(0.95, 0.95, f"KL {kl:.2f}", transform=ax.transAxes, ha="right", va="top", color="white")
+        ax.set(title=names[j] if i == 0 else "", xlabel="key" if i == n - 1 else "",
+               ylabel="layer {}, head {}\nquery".format(*found["heads"][i]) if j == 0 else "")
+        ax.tick_params(left=j == 0, bottom=i == n - 1)
+        ax.grid(False)
+    bar = fig.colorbar(image, ax=axes, location="bottom", shrink=0.7, aspect=40, label="attention weight, colours by "
+                       f"its square root; grey: the future\nread: “{textwrap.shorten(found['text'], 60)}”")
+    bar.set_ticks([w ** 0.5 for w in (0, 0.01, 0.1, 0.25, 0.5, 1)], labels=["0", "0.01", "0.1", "0.25", "0.5", "1"])
+    mean = {}
+    for row in found["rows"]:
+        if row["text"] == "held out":
+            mean.setdefault(row["map"], row["mean"])  # the first is at the teacher's own length
+    save(fig, path.with_suffix(".png"), "KL from softmax in nats, held-out text, all heads: " + ", ".join(
+        f"{name} {mean[name]:.2f}".replace(" ", "\xa0") for name in names if name in mean))
 
 
 def main(args):
@@ -105,14 +115,13 @@ def main(args):
     models = {name: student(teacher, data, args, device, **options) for name, options in maps.items()}
     rows = []
     for name, model in models.items():
-        rows += measure(name, model, texts, T, T if "after" in name else None, device)
+        rows += measure(args, name, model, texts, T, T, device)
     contexts = [short * 2 ** i for i in range(20) if short * 2 ** i <= T]
     for name in ("hedgehog after", "hedgehog_exp after", "t2r after", "elu"):
         options = MAPS[name] | dict(name=f"{MAPS[name]['attention']}-{short}", distill_batch_size=max(1, 2048 // short))
         model = student(teacher, data, args, device, block_size=short, **options)
         for context in contexts:
-            rows += measure(name, model, {"held out": data["valid"]}, context, short if "after" in name else None,
-                            device)
+            rows += measure(args, name, model, {"held out": data["valid"]}, context, short, device)
     found = dict(rows=rows, text=args.text, other=Path(args.other).name, distill_steps=args.distill_steps,
                  **provenance(device))
     if models:
@@ -124,7 +133,7 @@ def main(args):
 
 
 def parse(argv=None):
-    parser = students_parser(__doc__, "runs/convert-tiny", 1e-2, "experiments/results/attention_maps.json")
+    parser = students_parser(__doc__, "runs/maps-tiny", 1e-2, "experiments/results/attention_maps.json")
     add = parser.add_argument
     add("--text", default=TEXT, help="what is read for the pictures")
     add("--other", default=argparse.__file__, help="a text of another kind: Python code by default")

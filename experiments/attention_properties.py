@@ -8,37 +8,22 @@ distilled on the training text first (once: they are kept in --maps).
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import (
-    GREY, bars, color, draw_if_possible, figure, read, save, scores, student, teacher_and_text, weights)
+from common import GREY, bars, color, draw_if_possible, figure, save
+from students import rate, read, scores, student, students_parser, teacher_and_text, weights
 from tqdm import tqdm
 
 from hedgehog import LEARNED_MAPS
-from train_gpt import cli, opt, parse_config, provenance, save_json
+from train_gpt import cli, provenance, save_json
 
 MAPS = {f"{kind}, distilled": dict(attention=kind) for kind in LEARNED_MAPS}
 MAPS |= {f"{kind}, not distilled": dict(attention=kind, distill_steps=0) for kind in LEARNED_MAPS}
 MAPS |= {kind: dict(attention=kind) for kind in ("taylor", "performer", "elu", "relu", "cosformer")}
 MAPS |= {f"exp t={t}": dict(attention="exp", temperature=float(t)) for t in (1, 2)}
 BINS = np.arange(-8, 0.5, 0.5)  # of softmax's log-weight, which is q.k / sqrt(D) up to a constant of the row
-
-
-@dataclass
-class PropertiesConfig:
-    teacher: str = opt("", "softmax run of train_gpt.py; default: runs/tiny-softmax, trained if it is not there")
-    data: str = opt("", "folder made by data/prepare.py; empty: data/pydoc, made on the fly")
-    maps: str = opt("runs/convert-tiny", "distilled maps are read from here, or made and kept here")
-    distill_steps: int = opt(400, "optimizer steps of a distillation")
-    distill_lr: float = opt(1e-2, "its peak learning rate")
-    compile: bool = opt(False, "torch.compile its loss: for long contexts on a GPU")
-    blocks: int = opt(8, "blocks of held-out text")
-    seed: int = opt(0, "of the distillation and of performer's random projections")
-    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    out: str = opt("experiments/results/attention_properties.json", "the results; the figures go beside it")
 
 
 def entropy(p):
@@ -92,7 +77,7 @@ def draw(path):
     fig, axes = figure(-(-len(curves) // 4), 4, height=1.9 * -(-len(curves) // 4) + 0.9, sharex=True, sharey=True)
     for ax, (name, points) in zip(axes.flat, curves.items()):
         x, y, low, high = ([point[key] for point in points] for key in ("log_softmax", "mean", "low", "high"))
-        ax.fill_between(x, low, high, color=color(name), alpha=0.25, linewidth=0)
+        ax.fill_between(x, np.maximum(low, 1e-9), high, color=color(name), alpha=0.25, linewidth=0)
         ax.plot(x, y, color=color(name))
         ax.plot([-8, 0], [2.718 ** -8, 1], color=GREY, linestyle="--", linewidth=1)
         ax.set(yscale="log", ylim=(1e-4, 1.5))
@@ -107,24 +92,30 @@ def draw(path):
          f"({mean[best]['rank_correlation']:.2f}), least: {worst} ({mean[worst]['rank_correlation']:.2f})")
 
 
-def main(config):
-    teacher, data, device = teacher_and_text(config)
+def main(args):
+    teacher, data, device = teacher_and_text(args)
     T, valid = teacher.config.block_size, data["valid"]
-    starts = np.linspace(0, len(valid) - T, config.blocks).astype(int)
+    starts = np.linspace(0, len(valid) - T, args.blocks).astype(int)
     layers = read(teacher, torch.from_numpy(np.stack([valid[s:s + T] for s in starts]).astype(np.int64)).to(device))
     rows, curves = [], {}
     for name in tqdm(("softmax", *MAPS), unit="map", disable=None):
-        model = None if name == "softmax" else student(teacher, data, config, device, **MAPS[name])
+        options = MAPS.get(name, dict(attention="softmax"))
+        model = None if name == "softmax" else student(teacher, data, args, device, **options)
         found, curves[name] = properties(model, layers)
         mean = {key: sum(row[key] for row in found) / len(found) for key in found[0]} | {"layer": "mean"}
-        rows += [dict(map=name, **row) for row in (*found, mean)]
+        rows += [dict(map=name, distill_lr=rate(args, **options), **row) for row in (*found, mean)]
         tqdm.write(f"{name:28} entropy {mean['entropy']:.3f} nats, {mean['entropy_gap']:+.3f} from softmax's, "
                    f"rank correlation with q.k {mean['rank_correlation']:.3f}")
-    save_json(Path(config.out), dict(rows=rows, curves=curves, blocks=config.blocks, block_size=T,
-                                     distill_steps=config.distill_steps, distill_lr=config.distill_lr, seed=config.seed,
-                                     **provenance(device)))
-    draw_if_possible(draw, Path(config.out))
+    save_json(Path(args.out), dict(rows=rows, curves=curves, blocks=args.blocks, block_size=T, seed=args.seed,
+                                   distill_steps=args.distill_steps, **provenance(device)))
+    draw_if_possible(draw, Path(args.out))
+
+
+def parse(argv=None):
+    parser = students_parser(__doc__, "runs/maps-tiny", 1e-2, "experiments/results/attention_properties.json")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of held-out text")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    cli(lambda: main(parse_config(PropertiesConfig)))
+    cli(lambda: main(parse()))

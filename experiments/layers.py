@@ -32,7 +32,7 @@ def draw(path):
     fig, [[ax]] = figure(height=3.4)
     ax.bar(x, [row["alone"] for row in rows], color=COLORS[0])
     ax.axhline(found["all"], color=GREY, linestyle="--", linewidth=1.2)
-    ax.text(-0.4, found["all"], "in all layers", va="bottom", color=GREY)
+    ax.text(len(rows) - 0.6, found["all"], "in all layers", ha="right", va="top", color=GREY)
     ax.set_xticks(x, [row["layer"] for row in rows])
     ax.set(xlabel=f"layer with {found['attention']} instead of softmax", ylabel="rise of the loss (nats)")
     ax.grid(axis="x", visible=False)

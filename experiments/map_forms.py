@@ -14,7 +14,8 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import COLORS, draw_if_possible, figure, save, student, students_parser, teacher_and_text
+from common import COLORS, draw_if_possible, figure, save
+from students import student, students_parser, teacher_and_text
 from tqdm import tqdm
 
 from convert_gpt2 import faithfulness
@@ -56,12 +57,13 @@ def main(args):
         rows.append(dict(q=q, k=k, kl=kl, mean=sum(kl) / len(kl)))
         tqdm.write(f"q {q:6}  k {k:6}  KL {rows[-1]['mean']:.3f}, by layer " + " ".join(f"{x:.3f}" for x in kl))
     save_json(Path(args.out), dict(rows=rows, distill_steps=args.distill_steps, distill_lr=args.distill_lr,
-                                   **provenance(device)))
+                                   seed=args.seed, **provenance(device)))
     draw_if_possible(draw, Path(args.out))
 
 
 def parse(argv=None):
-    return students_parser(__doc__, "runs/map-forms", 3e-2, "experiments/results/map_forms.json").parse_args(argv)
+    parser = students_parser(__doc__, "runs/map-forms", 3e-2, "experiments/results/map_forms.json", t2r=False)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

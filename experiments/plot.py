@@ -47,6 +47,7 @@ FIGURES = (("tiny", wikitext103.loss_curves), ("wikitext103", wikitext103.loss_c
            ("tiny/associative_recall-10000.json", associative_recall.draw),
            ("attention_properties.json", attention_properties.draw), ("attention_maps.json", attention_maps.draw),
            ("convert/summary.json", conversion.draw), ("convert/layers.json", layers.draw),
+           ("convert/before/layers.json", layers.draw),
            ("map_forms.json", map_forms.draw))
 
 if __name__ == "__main__":

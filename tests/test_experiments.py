@@ -4,6 +4,7 @@ import csv
 import json
 import lzma
 import math
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ import layers
 import map_forms
 import plot
 import recall_task
+import students
 import wikitext103
 import convert_gpt2
 import train_gpt
@@ -47,6 +49,15 @@ def teacher(tmp_path_factory):
              f"--warmup 1 --device cpu --data {folder / 'data'} --out {folder / 'run'}")
     train(parse_config(TrainConfig, PRESETS, flags.split()))
     return folder
+
+
+@pytest.fixture(scope="module")
+def attentive(teacher):
+    """The flags that read a softmax model which attends to something, after 80 steps."""
+    flags = ("--attention softmax --n-layer 3 --n-head 2 --n-embd 16 --block-size 32 --batch-size 4 --steps 80 "
+             f"--lr 1e-2 --warmup 5 --eval-every 80 --sample-tokens 1 --device cpu --data {teacher / 'data'}")
+    train(parse_config(TrainConfig, PRESETS, [*flags.split(), "--out", str(teacher / "attentive")]))
+    return [str(teacher / "attentive"), "--data", str(teacher / "data"), "--device", "cpu", "--distill-steps", "3"]
 
 
 # ---------------------------------------------------------------- associative recall
@@ -130,8 +141,28 @@ def test_every_attention_takes_part_in_two_processes_and_a_stopped_run_goes_on(t
     path.write_text(json.dumps([row for key, row in rows.items() if key != ("elu", 1)]))
     assert recall([*SMALL, "--seeds", "2"], path).keys() == rows.keys()
     assert ran == [("softmax", 1), ("elu", 1)]                                            # elu's teacher, and elu
-    assert recall([*SMALL, "--seeds", "1", "--attention", "elu", "--lr", "0.1"], path).keys() == {
-        ("elu", 0), ("elu", "mean")}                                                      # not rows of other settings
+    assert not common.plt or path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_rows_of_other_settings_are_refused_and_kept(tmp_path, capsys):
+    flags, path = [*SMALL, "--seeds", "1", "--attention", "elu"], tmp_path / "rows.json"
+    recall(flags, path)
+    before = path.read_text()
+    for other in (["--lr", "0.1", "--steps", "3"], ["--attention", "relu", "--lr", "0.1", "--steps", "3"]):
+        with pytest.raises(ValueError, match="rows.json holds rows made with --steps 2, --lr 0.001: give the same "
+                                             "--steps, --lr, or choose another --out"):
+            recall([*flags, *other], path)
+    assert path.read_text() == before
+    capsys.readouterr()
+    recall([*flags, "--workers", "3"], path)                                              # of the machine, no setting
+    assert f"every row is in {path} already" in capsys.readouterr().out and path.read_text() == before
+    recall([*flags, "--attention", "relu"], path)
+    assert "already" not in capsys.readouterr().out
+
+
+def test_a_run_in_a_fresh_clone_does_not_start_from_the_committed_rows():
+    out = Path(associative_recall.RecallConfig().out)
+    assert out.parts[0] == "runs" and not (ROOT / out).is_relative_to(common.RESULTS)
 
 
 def test_an_error_in_another_process_ends_the_run(tmp_path):
@@ -207,13 +238,10 @@ def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_options_that
 
 
 @pytest.fixture(scope="module")
-def converted(teacher):
-    """Results of convert_gpt2.py on a teacher that attends to something: itself and Hedgehog finetuned for two lengths,
-    Hedgehog undistilled and with softmax in its first layer, 1 + ELU."""
-    out, softmax = teacher / "converted", teacher / "attentive"
-    flags = ("--attention softmax --n-layer 3 --n-head 2 --n-embd 16 --block-size 32 --batch-size 4 --steps 80 "
-             f"--lr 1e-2 --warmup 5 --eval-every 80 --sample-tokens 1 --device cpu --data {teacher / 'data'} --out {softmax}")
-    train(parse_config(TrainConfig, PRESETS, flags.split()))
+def converted(teacher, attentive):
+    """Results of convert_gpt2.py on that teacher: itself and Hedgehog finetuned for two lengths, Hedgehog undistilled
+    and with softmax in its first layer, 1 + ELU."""
+    out, softmax = teacher / "converted", attentive[0]
     flags = (f"--preset wikitext103-fast --no-compile --device cpu --sample-tokens 1 --no-reference --batch-size 4 "
              f"--distill-batch-size 2 --teacher {softmax} --data {teacher / 'data'} --out {out}")
     maps = f"--maps {out}/hedgehog/distilled/last.pt --distill-steps 0"
@@ -322,18 +350,18 @@ def test_layers_are_swapped_one_by_one(converted, tmp_path):
         layers.main(layers.parse([str(converted / "hedgehog-first1x8"), "--device", "cpu"]))
 
 
-def test_either_form_of_the_map_for_queries_and_for_keys(converted, tmp_path):
-    flags = [str(converted.parent / "attentive"), "--data", str(converted.parent / "data"), "--device", "cpu",
-             "--distill-steps", "3", "--maps", str(tmp_path / "maps"), "--out", str(tmp_path / "forms.json")]
-    map_forms.main(map_forms.parse(flags))
-    found = {(row["q"], row["k"]): row for row in json.loads((tmp_path / "forms.json").read_text())["rows"]}
+def test_either_form_of_the_map_for_queries_and_for_keys(attentive, tmp_path):
+    out = ["--seed", "1", "--out", str(tmp_path / "forms.json")]
+    map_forms.main(map_forms.parse([*attentive, "--maps", str(tmp_path / "maps"), *out]))
+    forms = json.loads((tmp_path / "forms.json").read_text())
+    assert (forms["seed"], forms["distill_lr"], forms["distill_steps"]) == (1, 3e-2, 3)
+    found = {(row["q"], row["k"]): row for row in forms["rows"]}
     assert set(found) == {(q, k) for q in ("exp", "stable") for k in ("exp", "stable")}
     assert len({round(row["mean"], 6) for row in found.values()}) == 4
-    config = attention_properties.PropertiesConfig(
-        teacher=flags[0], data=flags[2], maps=str(tmp_path / "whole"), distill_steps=3, distill_lr=3e-2, device="cpu")
-    teacher, text, device = common.teacher_and_text(config)
+    config = map_forms.parse([*attentive, "--maps", str(tmp_path / "whole"), "--seed", "1"])
+    teacher, text, device = students.teacher_and_text(config)
     for form, kind in (("exp", "hedgehog_exp"), ("stable", "hedgehog")):                  # both alike: the map itself
-        model = common.student(teacher, text, config, device, attention=kind)
+        model = students.student(teacher, text, config, device, attention=kind)
         kl = convert_gpt2.faithfulness(model, text["valid"], SimpleNamespace(block_size=32, batch_size=8), device,
                                        nullcontext())["kl"]
         assert found[form, form]["kl"] == pytest.approx(kl, abs=1e-6)
@@ -366,6 +394,25 @@ def test_softmax_has_its_own_entropy_and_is_monotone_in_q_k():
     assert rows[0]["entropy_gap"] == 0 and rows[0]["rank_correlation"] == pytest.approx(1, abs=1e-6)
 
 
+def test_a_maps_entropy_gap_and_curve_are_its_own(monkeypatch):
+    def weights(model, layer, q, k):
+        return students.weights(None, layer, torch.zeros_like(q) if model == "uniform" else q, k)
+    monkeypatch.setattr(attention_properties, "weights", weights)
+    q, k = torch.zeros(2, 1, 2, 16, 4).unbind()
+    q[..., 0], k[:, :, 0, 0] = 4.0, 4.0                                                   # q.k / sqrt(D) is 8, or 0
+    rows, curve = attention_properties.properties("uniform", [(q, k)])
+    p = [1 / (1 + t * math.exp(-8)) for t in range(16)]                                   # softmax, of the first token
+    gaps = [math.log(t + 1) + p[t] * math.log(p[t]) + (1 - p[t]) * math.log((1 - p[t]) / t) for t in range(1, 16)]
+    assert rows[0]["entropy"] == pytest.approx(sum(math.log(t + 1) for t in range(1, 16)) / 15)
+    assert [rows[0][key] for key in ("entropy_gap", "entropy_gap_abs")] == pytest.approx([sum(gaps) / 15] * 2)
+    assert rows[0]["rank_correlation"] == 0
+    assert [(point["log_softmax"], point["n"]) for point in curve] == [(-0.25, 2 * 12)]   # two heads, a dozen queries
+    assert curve[0]["mean"] == pytest.approx(sum(1 / (t + 1) for t in range(4, 16)) / 12)
+    monkeypatch.setattr(attention_properties, "weights", lambda model, *args: weights(
+        None if model == "uniform" else "uniform", *args))
+    assert attention_properties.properties("uniform", [(q, k)])[0][0]["entropy_gap"] == pytest.approx(-sum(gaps) / 15)
+
+
 def test_kl_is_zero_against_itself_and_a_picture_holds_the_past_alone():
     p = torch.rand(5, 5).tril()
     p /= p.sum(-1, keepdim=True)
@@ -375,68 +422,87 @@ def test_kl_is_zero_against_itself_and_a_picture_holds_the_past_alone():
     assert [len(row) for row in attention_maps.triangle(p)] == [1, 2, 3, 4, 5]
 
 
-def test_properties_of_every_map_are_measured(teacher, tmp_path, capsys):
+def test_properties_of_every_map_are_measured(attentive, tmp_path, capsys):
     out = tmp_path / "properties.json"
-    flags = (f"--teacher {teacher / 'run'} --data {teacher / 'data'} --maps {tmp_path / 'maps'} --distill-steps 3 "
-             f"--blocks 1 --device cpu --out {out}")
-    config = parse_config(attention_properties.PropertiesConfig, argv=flags.split())
-    attention_properties.main(config)
+    flags = [*attentive, "--maps", str(tmp_path / "maps"), "--blocks", "1", "--out", str(out)]
+    attention_properties.main(attention_properties.parse(flags))
     found = json.loads(out.read_text())
     names = {row["map"] for row in found["rows"]}
     assert names == {"softmax", *attention_properties.MAPS} == set(found["curves"])
+    mean = {row["map"]: row for row in found["rows"] if row["layer"] == "mean"}
+    for key in ("entropy", "rank_correlation"):                                           # each map's own
+        values = [round(row[key], 7) for name, row in mean.items() if name != "t2r, not distilled"]  # that is relu
+        assert len(set(values)) == len(values) == 13
+    assert mean["softmax"]["entropy_gap"] == 0 != mean["elu"]["entropy_gap"]
+    rates = {name: row["distill_lr"] for name, row in mean.items() if row["distill_lr"]}
+    assert rates == {"hedgehog, distilled": 1e-2, "hedgehog_exp, distilled": 1e-2, "t2r, distilled": 1e-3}
+    if common.plt:
+        assert {path.name for path in tmp_path.glob("*.png")} == {"properties.png", "properties_monotone.png"}
     before = out.read_text()
-    attention_properties.main(config)  # the distilled maps are read again, not made again
+    attention_properties.main(attention_properties.parse(flags))  # the distilled maps are read again, not made again
     again = json.loads(before)["rows"], json.loads(out.read_text())["rows"]
     assert again[0] == again[1]
-    config.distill_lr = 0.5
     with pytest.raises(ValueError, match="were distilled with lr=0.01"):
-        attention_properties.main(config)
+        attention_properties.main(attention_properties.parse([*flags, "--distill-lr", "0.5"]))
+    with pytest.raises(ValueError, match="t2r/distilled were distilled with lr=0.001: choose another --maps"):
+        attention_properties.main(attention_properties.parse([*flags, "--distill-lr-t2r", "0.5"]))
 
 
-def test_attention_maps_are_measured_and_drawn(teacher, tmp_path, capsys, monkeypatch):
+def test_attention_maps_are_measured_and_drawn(attentive, tmp_path, capsys, monkeypatch):
     out, compiled = tmp_path / "attention_maps.json", []
     monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)  # a stand-in: the true one takes a minute
-    flags = (f"{teacher / 'run'} --data {teacher / 'data'} --text fox --distill-steps 3 --maps {tmp_path / 'maps'} "
-             f"--short 8 --device cpu --out {out} --compile --distill-lr 0.02")
-    attention_maps.main(attention_maps.parse(flags.split()))
+    flags = [*attentive, "--maps", str(tmp_path / "maps"), "--seed", "3", "--text", "the fox", "--short", "8",
+             "--compile", "--distill-lr", "0.2"]
+    attention_maps.main(attention_maps.parse([*flags, "--out", str(out)]))
     found = json.loads(out.read_text())
     assert {row["text"] for row in found["rows"]} == {"training", "held out", "other"}
     assert {row["context"] for row in found["rows"] if row["distilled_at"] == 8} == {8, 16, 32}
-    assert all(row["mean"] > -1e-6 for row in found["rows"])
+    assert all(row["mean"] > -1e-6 and row["seed"] == 3 for row in found["rows"])
     assert {row["map"] for row in found["rows"] if row["distilled_at"] == 8} == {
         "hedgehog after", "hedgehog_exp after", "t2r after"}
+    assert {(row["map"], row["distill_lr"]) for row in found["rows"]} == {
+        ("hedgehog before", None), ("hedgehog after", 0.2), ("hedgehog_exp after", 0.2), ("t2r after", 1e-3),
+        ("elu", None)}
     assert len(compiled) == 6 and set(compiled) == {convert_gpt2.imitation_loss}          # of six distillations
-    maps = train_gpt.load_checkpoint(tmp_path / "maps" / "t2r-8" / "distilled" / "last.pt")
-    assert maps["config"]["lr"] == 0.02
+    for name, lr in (("t2r-8", 1e-3), ("hedgehog-8", 0.2)):
+        config = train_gpt.load_checkpoint(tmp_path / "maps" / name / "distilled" / "last.pt")["config"]
+        assert (config["lr"], config["seed"], config["block_size"]) == (lr, 3, 8)
     assert "distilled at" in capsys.readouterr().out
-    attention_maps.main(attention_maps.parse([*flags.split(), "--contexts-only", "--out", str(tmp_path / "some.json")]))
+    assert [layer for layer, head in found["heads"]] == [0, 1, 2] and len(found["maps"]["elu"][0]) == len("the fox")
+    pictures = [json.dumps(found["maps"][name]) for name in attention_maps.PICTURES]
+    assert len(set(pictures)) == len(pictures) == 4
+    assert found["kl_of_heads"]["softmax"] == [0, 0, 0] and min(found["kl_of_heads"]["elu"]) > 0
+    assert min(found["kl_of_heads"]["hedgehog before"]) > 0
+    attention_maps.main(attention_maps.parse([*flags, "--contexts-only", "--out", str(tmp_path / "some.json")]))
     some = json.loads((tmp_path / "some.json").read_text())
     assert "maps" not in some and some["rows"] == found["rows"][-len(some["rows"]):] and len(some["rows"]) == 12
+    if common.plt:
+        assert [path.name for path in tmp_path.glob("*.png")] == ["attention_maps.png"]
 
 
 def given(teacher, tmp_path, steps):
-    return attention_properties.PropertiesConfig(teacher=str(teacher / "run"), data=str(teacher / "data"),
-                                                 maps=str(tmp_path), distill_steps=steps, device="cpu")
+    return attention_properties.parse([str(teacher / "run"), "--data", str(teacher / "data"), "--maps", str(tmp_path),
+                                       "--distill-steps", str(steps), "--device", "cpu"])
 
 
 def test_what_is_measured_is_what_the_teachers_attention_used(teacher, tmp_path):
-    model, _, _ = common.teacher_and_text(given(teacher, tmp_path, 0))
+    model, _, _ = students.teacher_and_text(given(teacher, tmp_path, 0))
     idx, attention, seen = torch.randint(100, (1, 32)), model.transformer.h[1].attn, []
     attention.register_forward_hook(lambda module, args, y: seen.extend((args[0], y)))
     model(idx)
     v = attention.split_heads(seen[0])[2]
-    q, k = common.read(model, idx)[1]
-    torch.testing.assert_close(attention.merge_heads(common.weights(None, 1, q, k) @ v), seen[1])
+    q, k = students.read(model, idx)[1]
+    torch.testing.assert_close(attention.merge_heads(students.weights(None, 1, q, k) @ v), seen[1])
 
 
 def test_half_distilled_maps_are_finished_and_those_of_another_recipe_refused(teacher, tmp_path, monkeypatch):
     def maps(steps):
-        model, data, device = common.teacher_and_text(config := given(teacher, tmp_path, steps))
-        student = common.student(model, data, config, device, attention="t2r", name="kept")
+        model, data, device = students.teacher_and_text(config := given(teacher, tmp_path, steps))
+        student = students.student(model, data, config, device, attention="t2r", name="kept")
         return student.state_dict()["transformer.h.0.attn.linear.map_q.weight"]
 
-    real, calls = common.distill, []
-    monkeypatch.setattr(common, "distill", lambda *args: (calls.append(args[2]), real(*args)))
+    real, calls = students.distill, []
+    monkeypatch.setattr(students, "distill", lambda *args: (calls.append(args[2]), real(*args)))
     whole = maps(3)
     assert not torch.equal(whole, torch.eye(8).expand(2, 8, 8)) and torch.equal(maps(3), whole)
     assert [stage.resume for stage in calls] == [False, True]
@@ -455,12 +521,12 @@ def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
     for module in (associative_recall, plot):
         monkeypatch.setattr(module, "save", lambda fig, path, title: (titles.append(title), common.plt.close(fig)))
     for accuracy in (1.0, 0.5):
-        rows = [dict(attention="elu", seed=seed, accuracy=0.2, converted=accuracy) for seed in (0, "mean")]
+        rows = [dict(attention="hedgehog", seed=seed, accuracy=0.2, converted=accuracy) for seed in (0, "mean")]
         rows += [dict(attention="softmax", seed=seed, accuracy=1.0) for seed in (0, "mean")]
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         associative_recall.draw(tmp_path / "rows.json")
-    assert titles == [f"Associative recall: solved from scratch by softmax, from softmax by {name}"
-                      for name in ("elu", "0 of 1")]
+    assert titles == [f"Associative recall by hedgehog: 20 % from scratch, {percent} % converted from softmax"
+                      for percent in (100, 50)]
     rows = [{"form": form, "T": T, "pass": "forward+backward", "ms": ms * T, "peak_mib": 1.0, "B": 1}
             for T in (512, 1024) for form, ms in (("softmax", T), ("fused", 256), ("chunked", 512))]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -469,12 +535,55 @@ def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
 
 
 @needs_matplotlib
-def test_every_figure_is_drawn_from_the_committed_numbers(tmp_path):
-    import shutil
+def test_pictures_of_attention_say_what_is_measured_and_tell_no_weight_from_the_future(tmp_path, monkeypatch):
+    names = ("softmax", "hedgehog after")
+    rows = [{"map": names[1], "text": text, "mean": mean} for text, mean in (("training", 9), ("held out", 0.2),
+                                                                             ("held out", 7))]  # the last elsewhere
+    (tmp_path / "rows.json").write_text(json.dumps(dict(
+        rows=rows, text="a b", heads=[[2, 1]], maps={name: [[[1.0], [0.0, 1.0]]] for name in names},
+        kl_of_heads=dict(zip(names, ([0.0], [0.07]))))))
+    monkeypatch.setattr(attention_maps, "save", lambda fig, path, title: seen.append((fig, title.replace("\xa0", " "))))
+    seen = []
+    attention_maps.draw(tmp_path / "rows.json")
+    (fig, title), = seen
+    assert title == "KL from softmax in nats, held-out text, all heads: hedgehog after 0.20"
+    softmax, after, bar = fig.axes
+    assert [ax.get_xlabel() for ax in (softmax, after)] == ["key"] * 2 and "query" in softmax.get_ylabel()
+    assert [text.get_text() for text in after.texts] == ["KL 0.07"] and "layer 2, head 1" in softmax.get_ylabel()
+    assert "square root" in bar.get_xlabel() and "future" in bar.get_xlabel() and "“a b”" in bar.get_xlabel()
+    image = after.images[0]
+    future, zero = (image.cmap(image.norm(image.get_array()))[i] for i in ((0, 1), (1, 0)))
+    assert all(0.3 < x < 0.7 for x in future[:3]) and all(x < 0.1 for x in zero[:3]) and future[3] == zero[3] == 1
+    common.plt.close(fig)
+
+
+@needs_matplotlib
+def test_no_number_beside_a_bar_lies_on_a_line(tmp_path):
+    fig, [[ax]] = common.figure()
+    common.bars(ax, ["a", "b"], [-0.19, 2.46], "x")
+    fig.canvas.draw()
+    right = ax.get_window_extent().x1
+    assert [text.get_text() for text in ax.texts] == ["-0.19", "2.46"]
+    assert all(right < text.get_window_extent().x0 < text.get_window_extent().x1 <= fig.bbox.x1 for text in ax.texts)
+    common.plt.close(fig)
+
+
+@needs_matplotlib
+def test_every_figure_is_drawn_from_the_committed_numbers_in_letters_as_large_as_the_pages(tmp_path, monkeypatch):
+    savefig, sizes = common.plt.Figure.savefig, {}
+
+    def spy(fig, path, **options):
+        savefig(fig, path, **options)
+        sizes.update({(path.name, text.get_text()): text.get_fontsize() * fig.get_dpi() / 72 * 880 / fig.bbox.width
+                      for text in fig.findobj(common.matplotlib.text.Text) if text.get_text()})
+    monkeypatch.setattr(common.plt.Figure, "savefig", spy)
     shutil.copytree(ROOT / "experiments" / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
     for name, draw in plot.FIGURES:
         path = tmp_path / "results" / name
         if path.is_file() or any(path.glob("*.csv")):
             draw(path)
-    assert len(list((tmp_path / "results").rglob("*.png"))) >= 2
+    drawn, committed = ({path.relative_to(folder) for path in folder.rglob("*.png")}
+                        for folder in (tmp_path / "results", ROOT / "experiments" / "results"))
+    assert drawn == committed
+    assert {what: size for what, size in sizes.items() if size < 15.9} == {}              # GitHub's are 16 pixels high
     assert all(path.stat().st_size < 400_000 for path in (tmp_path / "results").rglob("*.png"))
