@@ -4,6 +4,7 @@ Import this module before those of the root folder, which it puts on the path: t
 """
 
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -78,12 +79,19 @@ def draw_if_possible(draw, path):
 # Rows
 
 
-def rows_so_far(path, settings):
-    """The rows that an earlier run left in path. ValueError if they are of other settings: a table holds one."""
+def rows_so_far(path, settings, concerned=lambda row: True):
+    """The rows that an earlier run left in path. ValueError if those concerned are of other settings: a table holds one
+    setting."""
     rows = json.loads(path.read_text()) if path.exists() else []
     settings = json.loads(json.dumps(settings))  # tuples are lists in a file
-    found = {f"{flag(k)} {row.get(k)}": flag(k) for k, v in settings.items() for row in rows if row.get(k) != v}
+    found = {f"{flag(k)} {row.get(k)}": flag(k) for k, v in settings.items() for row in rows
+             if concerned(row) and row.get(k) != v}
     if found:
         raise ValueError(f"{path} holds rows made with {', '.join(found)}: give the same "
                          f"{', '.join(dict.fromkeys(found.values()))}, or choose another --out")
     return rows
+
+
+def with_names(command):
+    """A command line with the names of absolute paths alone: the folders of one machine are of no use on another."""
+    return re.sub(r"(?<!\S)/\S*/", "", command)

@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
@@ -37,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # no installed package
 from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
 from data import glue  # noqa: E402
+from experiments.common import rows_so_far, with_names  # noqa: E402
 from hedgehog import FEATURE_MAPS, LEARNED_MAPS, FeatureMap, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, flag, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance,
@@ -376,12 +376,8 @@ def main(config):
     device, _, why = pick_device(config.device, config.dtype)
     left_out = ("task", "attentions", "seeds", "data", "device", "dtype", "workers", "out")
     about, out = {k: v for k, v in asdict(config).items() if k not in left_out}, Path(config.out)
-    rows = json.loads(out.read_text()) if out.exists() else []
     about["model"] = Path(config.model).name
-    changed = {flag(k) for row in rows for k in about if row["task"] in config.task and row.get(k) != about[k]}
-    if changed:
-        raise ValueError(f"{out} holds rows made with another {', '.join(sorted(changed))}: give the same, or choose "
-                         "another --out")
+    rows = rows_so_far(out, about, lambda row: row["task"] in config.task)
     for task in config.task:  # downloads, if need be, before several workers would
         glue.find_files(task, config.data)
     tqdm.write(f"{config.model} on {why}")
@@ -391,7 +387,7 @@ def main(config):
     if not jobs:
         tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
     about |= provenance(device) | dict(transformers=transformers.__version__)
-    about["command"] = re.sub(r"(?<!\S)/\S*/", "", about["command"])                      # names, as of the model
+    about["command"] = with_names(about["command"])
     out.parent.mkdir(parents=True, exist_ok=True)
     spawn, ignore = multiprocessing.get_context("spawn"), (signal.signal, (signal.SIGINT, signal.SIG_IGN))
     with spawn.Pool(config.workers, *ignore) if config.workers > 1 else nullcontext() as pool:

@@ -19,7 +19,6 @@ import copy
 import inspect
 import json
 import math
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -32,10 +31,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of this repository, which is no package
 from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
+from experiments.common import rows_so_far, with_names  # noqa: E402
 from hedgehog import FeatureMap, divide, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
-    TrainConfig, check_least, cli, flag, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device,
-    provenance, reset_peak, save_json)
+    TrainConfig, check_least, cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance,
+    reset_peak, save_json)
 
 try:
     import peft
@@ -520,19 +520,11 @@ def measure_row(name, model, tokenizer, data, config, device):
     return row
 
 
-def named(row):
-    """The settings in a row with names for paths, which other machines have elsewhere."""
-    return {k: Path(v).name if k in PATHS else v for k, v in row.items()}
-
-
 def main(config):
     device, dtype, why = pick_device(config.device, config.dtype)
-    settings = json.loads(json.dumps(named({k: v for k, v in asdict(config).items() if k not in MACHINE})))
+    settings = {k: Path(v).name if k in PATHS else v for k, v in asdict(config).items() if k not in MACHINE}
     out = Path(config.out)
-    rows = [named(row) for row in json.loads(out.read_text())] if out.exists() else []
-    changed = [flag(name) for name, value in settings.items() if any(row.get(name) != value for row in rows)]
-    if changed:
-        raise ValueError(f"{out} holds rows made with another {', '.join(changed)}: give the same, or another --out")
+    rows = rows_so_far(out, settings)
     lacking = [name for name in ("zero-shot", *config.attentions) if name not in {row["attention"] for row in rows}]
     if not lacking:
         tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
@@ -543,7 +535,7 @@ def main(config):
     tqdm.write(f"{config.model} on {why}\ntrained on {about['train_rows']} dialogues of SAMSum's {about['trained_on']} "
                f"split, tested on {about['test_rows']} of test; {about['cut']} cut at {config.max_length} tokens")
     about |= provenance(device) | dict(weights=str(model.dtype))
-    about["command"] = re.sub(r"(?<!\S)/\S*/", "", about["command"])                      # names here, too
+    about["command"] = with_names(about["command"])
     for name in lacking:
         row = measure_row(name, copy.deepcopy(model).to(device), tokenizer, data, config, device)
         rows.append(row | about | settings)

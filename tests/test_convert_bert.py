@@ -556,7 +556,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(world, tmp_path, monkeypatc
     assert len(jobs) == 5 and "rows.json has all these rows already, nothing is trained" in capsys.readouterr().out
     assert [(row["task"], row["attention"], row["seeds"]) for row in rows_of(tmp_path).values()] == [
         ("cola", "softmax", 1), ("cola", "elu", 1), ("mrpc", "softmax", 2), ("mrpc", "elu", 2), ("mrpc", "t2r", 2)]
-    with pytest.raises(ValueError, match="holds rows made with another --lr: give the same, or"):
+    with pytest.raises(ValueError, match="holds rows made with --lr 0.0001: give the same --lr, or"):
         convert_bert.main(given(world, tmp_path, *flags, "--lr", "1e-3"))
 
 
