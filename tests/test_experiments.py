@@ -587,3 +587,13 @@ def test_every_figure_is_drawn_from_the_committed_numbers_in_letters_as_large_as
     assert drawn == committed
     assert {what: size for what, size in sizes.items() if size < 15.9} == {}              # GitHub's are 16 pixels high
     assert all(path.stat().st_size < 400_000 for path in (tmp_path / "results").rglob("*.png"))
+
+
+def test_rows_are_refused_for_settings_of_their_own_table_alone(tmp_path):
+    path = tmp_path / "rows.json"
+    assert common.rows_so_far(path, dict(lr=1)) == []
+    rows = [dict(task="cola", lr=1, layers=[1, 2]), dict(task="mrpc", lr=2, layers=[1, 2])]
+    path.write_text(json.dumps(rows))
+    assert common.rows_so_far(path, dict(lr=1, layers=(1, 2)), lambda row: row["task"] == "cola") == rows
+    with pytest.raises(ValueError, match="rows.json holds rows made with --lr 2: give the same --lr, or choose another"):
+        common.rows_so_far(path, dict(lr=1, layers=(1, 2)))
