@@ -400,10 +400,11 @@ def references(rows, tokens=None):
 
 def ratio(row, rows):
     """Its perplexity over that of the best teacher that was finetuned for as many tokens (a row of another stage: for
-    any), on the test split if there is one. None without such a teacher."""
+    any), on the test split if there is one. None without such a teacher, or if that was not measured there."""
     beside = references(rows, row["tokens"] if row["stage"] == "finetuned" else None)
     ppl = "valid_ppl" if row["test_ppl"] is None else "test_ppl"
-    return row[ppl] / min(beside, key=lambda r: r["valid_nats"])[ppl] if beside else None
+    best = min(beside, key=lambda r: r["valid_nats"])[ppl] if beside else None
+    return row[ppl] / best if best else None
 
 
 class Results:

@@ -151,11 +151,13 @@ def at_least_float32(x):
 
 
 def as_autocast(*tensors):
-    """In the dtype of torch.autocast where that is on, but for float64: so PyTorch's softmax attention takes them."""
+    """In the dtype of torch.autocast where that is on, as PyTorch's softmax attention takes them: not float64, and not
+    integers, which are refused later."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # there is none for meta
         return tensors
-    return [x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors]
+    dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,6 +369,8 @@ class LinearAttention(nn.Module):
         if q.ndim != 4 or q.shape[1::2] != (H, D) or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
             raise ValueError(f"expected q and k (B, {H}, T, {D}) and v (B, {H}, T, any), got {tuple(q.shape)}, "
                              f"{tuple(k.shape)} and {tuple(v.shape)}")
+        if not all(x.is_floating_point() for x in (q, k, v)):
+            raise ValueError(f"q, k and v must be floating-point, got {q.dtype}, {k.dtype} and {v.dtype}: cast them")
         q, k, v = as_autocast(q, k, v)
         kernels, kind = None, self.map_q.kind
         has_map = kind == self.map_k.kind and kind in FUSED_MAPS

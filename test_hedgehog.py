@@ -719,6 +719,7 @@ BAD_CALLS = [
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x, x[:, :, :2], x)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4, segment_size=2)(x, x, x[:, :, :2])),
     (r"expected q and k \(B, 3, T, 4\)", lambda: LinearAttention(3, 4)(x, x, x)),
+    ("must be floating-point, got torch.int64", lambda: LinearAttention(2, 4)(x.long(), x.long(), x)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x[:, :1], x[:, :1], x)),
     ("17 tokens does not fit block_size=16", lambda: tiny_gpt()(ids)),
     ("17 tokens does not fit block_size=16", lambda: overfill(tiny_gpt())),

@@ -4,6 +4,8 @@ Their `config` is what `students_parser` reads.
 """
 
 import argparse
+import hashlib
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from tqdm import tqdm
 
 from convert_gpt2 import ConvertConfig, distill, find_text, load_teacher, maps_of, stage_config, swap
 from hedgehog import LEARNED_MAPS, attention_weights
-from train_gpt import MAY_CHANGE_ON_RESUME, HelpFormatter, load_checkpoint, pick_device
+from train_gpt import MAY_CHANGE_ON_RESUME, HelpFormatter, load_checkpoint, pick_device, save_json
 
 # Distilled for 400 steps on the tiny model, one seed, T2R has a KL of 1.15 nats on held-out text at 3e-4, 0.86 at 1e-3
 # (rank correlation with q.k 0.79), 0.92 at 3e-3, and 1.06 at Hedgehog's 1e-2, where it does not settle. On blocks of 64
@@ -71,6 +73,7 @@ def student(teacher, data, config, device, block_size=None, change=None, **optio
         stage = stage_config(convert, model, "distilled", steps=convert.distill_steps, accum=1, lr=convert.distill_lr,
                              batch_size=convert.distill_batch_size, weight_decay=0.0,
                              block_size=block_size or teacher.config.block_size)
+        remember(teacher, data, Path(config.maps))
         if stage.resume:
             saved = load_checkpoint(Path(stage.out) / "last.pt")["config"].items()
             other = [f"{k}={v}" for k, v in saved if k not in MAY_CHANGE_ON_RESUME and getattr(stage, k) != v]
@@ -78,6 +81,17 @@ def student(teacher, data, config, device, block_size=None, change=None, **optio
                 raise ValueError(f"maps in {stage.out} were distilled with {', '.join(other)}: choose another --maps")
         distill(model, data, stage, device, nullcontext(), tqdm.write)
     return model
+
+
+def remember(teacher, data, maps):
+    """Write down what maps in this folder imitate, on which text. ValueError if those that are there know another."""
+    path, digest = maps / "teacher.json", hashlib.sha256(json.dumps(data["meta"], sort_keys=True).encode())
+    for name, x in teacher.state_dict().items():
+        digest.update(name.encode() + x.cpu().numpy().tobytes())
+    if path.exists() and json.loads(path.read_text()) != digest.hexdigest():
+        raise ValueError(f"maps in {maps} were distilled from another model or on another text: choose another --maps")
+    maps.mkdir(parents=True, exist_ok=True)
+    save_json(path, digest.hexdigest())
 
 
 @torch.no_grad()

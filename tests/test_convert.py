@@ -509,6 +509,8 @@ def test_the_ratio_is_to_the_best_teacher_finetuned_for_as_many_tokens(tmp_path)
     lines = str(results).splitlines()
     assert convert_gpt2.ratio(results.rows[0] | dict(stage="swapped", tokens=7), results.rows) == pytest.approx(math.e)
     assert convert_gpt2.ratio(row | dict(tokens=7, test_ppl=None, valid_ppl=9.0), results.rows) is None
+    untested = [row | dict(attention="softmax", stage="finetuned", valid_nats=1.0, test_ppl=None)]
+    assert convert_gpt2.ratio(row | dict(stage="finetuned", test_ppl=9.0), untested) is None
     assert f"{math.e:.3f}" in lines[-1].split() and "1.000" in lines[2].split() and "1.000" in lines[3].split()
     results.add(**row, valid_nats=1.9, valid_ppl=math.exp(1.9))  # in place of the last
     assert len(convert_gpt2.Results(tmp_path, torch.device("cpu")).rows) == 4

@@ -513,6 +513,11 @@ def test_half_distilled_maps_are_finished_and_those_of_another_recipe_refused(te
     assert not torch.equal(maps(3), whole)
     with pytest.raises(ValueError, match="were distilled with steps=3"):
         maps(5)
+    model, data, device = students.teacher_and_text(config := given(teacher, tmp_path, 3))
+    with torch.no_grad():
+        model.transformer.wte.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="distilled from another model or on another text: choose another --maps"):
+        students.student(model, data, config, device, attention="t2r", name="kept")
 
 
 @needs_matplotlib
@@ -597,3 +602,15 @@ def test_rows_are_refused_for_settings_of_their_own_table_alone(tmp_path):
     assert common.rows_so_far(path, dict(lr=1, layers=(1, 2)), lambda row: row["task"] == "cola") == rows
     with pytest.raises(ValueError, match="rows.json holds rows made with --lr 2: give the same --lr, or choose another"):
         common.rows_so_far(path, dict(lr=1, layers=(1, 2)))
+
+
+def test_maps_of_another_teacher_or_text_are_refused(tmp_path):
+    teacher, data = GPT(GPTConfig(8, 16, 1, 1, 8)), dict(meta=dict(name="a text"))
+    students.remember(teacher, data, tmp_path / "maps")
+    students.remember(teacher, data, tmp_path / "maps")
+    with pytest.raises(ValueError, match="distilled from another model or on another text: choose another --maps"):
+        students.remember(teacher, dict(meta=dict(name="another")), tmp_path / "maps")
+    with torch.no_grad():
+        teacher.transformer.wte.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="another model"):
+        students.remember(teacher, data, tmp_path / "maps")
