@@ -44,11 +44,14 @@ def students_parser(doc, maps, distill_lr, out, t2r=True):
 
 
 def teacher_and_text(config):
-    """(softmax GPT in eval mode on its device, the text, device): as convert_gpt2.py finds them."""
+    """(softmax GPT in eval mode on its device, the text, device): as convert_gpt2.py finds them. ValueError if --maps
+    holds maps of others."""
     device = pick_device(config.device, "float32")[0]
     convert = ConvertConfig(teacher=config.teacher, data=config.data, device=config.device)
     teacher, tokenizer = load_teacher(convert)
-    return teacher.to(device).eval(), find_text(stage_config(convert, teacher, "distilled"), teacher, tokenizer), device
+    data = find_text(stage_config(convert, teacher, "distilled"), teacher, tokenizer)
+    remember(teacher, data, Path(config.maps))
+    return teacher.to(device).eval(), data, device
 
 
 def rate(config, attention, distill_steps=None, **options):
@@ -73,7 +76,6 @@ def student(teacher, data, config, device, block_size=None, change=None, **optio
         stage = stage_config(convert, model, "distilled", steps=convert.distill_steps, accum=1, lr=convert.distill_lr,
                              batch_size=convert.distill_batch_size, weight_decay=0.0,
                              block_size=block_size or teacher.config.block_size)
-        remember(teacher, data, Path(config.maps))
         if stage.resume:
             saved = load_checkpoint(Path(stage.out) / "last.pt")["config"].items()
             other = [f"{k}={v}" for k, v in saved if k not in MAY_CHANGE_ON_RESUME and getattr(stage, k) != v]
@@ -87,7 +89,7 @@ def remember(teacher, data, maps):
     """Write down what maps in this folder imitate, on which text. ValueError if those that are there know another."""
     path, digest = maps / "teacher.json", hashlib.sha256(json.dumps(data["meta"], sort_keys=True).encode())
     for name, x in teacher.state_dict().items():
-        digest.update(name.encode() + x.cpu().numpy().tobytes())
+        digest.update(name.encode() + x.numpy().tobytes())
     if path.exists() and json.loads(path.read_text()) != digest.hexdigest():
         raise ValueError(f"maps in {maps} were distilled from another model or on another text: choose another --maps")
     maps.mkdir(parents=True, exist_ok=True)
