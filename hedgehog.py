@@ -19,7 +19,7 @@ Letters
     P feature width, 2D for Hedgehog    N chunks of L tokens    q, k, v: (B, H, T, D) before the map
     phi feature map    W, b its weight and bias    S state, the sum of phi(k)^T [v, 1] (z is its last column)
 
-Read from top to bottom: feature maps, four forms of linear attention, attention layer, GPT.
+Read from top to bottom: feature maps, four forms of linear attention, attention layer, its hybrid with softmax, GPT.
 """
 
 import math
@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 FEATURE_MAPS = ("hedgehog", "hedgehog_exp", "elu", "relu", "t2r", "exp", "performer", "cosformer", "taylor")
 ATTENTIONS = ("softmax", *FEATURE_MAPS)
 LEARNED_MAPS = ("hedgehog", "hedgehog_exp", "t2r")  # those with a W
+HYBRID_MAPS = ("hedgehog", "hedgehog_exp", "elu", "relu", "t2r", "taylor")  # see HybridAttention
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,16 +86,17 @@ class FeatureMap(nn.Module):
         """(H, D, D): the weight, times the temperature of its head if that is learned."""
         return self.weight if self.log_temperature is None else self.weight * self.log_temperature.exp()[:, None, None]
 
+    def affine(self, x):
+        """xW + b, or as much of it as this kind has."""
+        u = x if self.weight is None else x @ self.W().to(x.dtype)                # (B, H, T, D) @ (H, D, D)
+        return u if self.bias is None else u + self.bias.to(x.dtype).unsqueeze(-2)
+
     def forward(self, x, offset=0, is_query=False):
         """x (B, H, T, D) -> (B, H, T, P). `offset`: position of x[:, :, 0] (cosformer). `is_query`: see `safe_exp`;
         without it the exponential maps saturate at e^-30 and e^30."""
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(x)
-            u = x
-            if self.weight is not None:
-                u = x @ self.W().to(x.dtype)                                     # (B, H, T, D) @ (H, D, D)
-            if self.bias is not None:
-                u = u + self.bias.to(x.dtype).unsqueeze(-2)
+            u = self.affine(x)
             if self.kind == "hedgehog":
                 return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)  # each half sums to one
             if self.kind == "hedgehog_exp":
@@ -113,6 +115,12 @@ class FeatureMap(nn.Module):
                 return safe_exp(u, is_query) / math.sqrt(self.feature_dim)
             pairs = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / math.sqrt(2)       # taylor: (B, H, T, D^2)
             return torch.cat((torch.ones_like(x[..., :1]), x, pairs), dim=-1)
+
+    @torch.no_grad()
+    def log_shift(self, x):
+        """(B, H, T, 1): the logarithm of what `is_query` divides phi(x) by, for one of HYBRID_MAPS."""
+        shifted = self.kind == "hedgehog_exp"
+        return self.affine(x).abs().amax(-1, keepdim=True) if shifted else torch.zeros_like(x[..., :1])
 
     def cosformer(self, x, offset):
         """cos(a_t - a_s) = cos a_t cos a_s + sin a_t sin a_s: near keys weigh more than far ones."""
@@ -191,7 +199,7 @@ def chunked(q, k, v, S, chunk_size):
         y_n = tril(q_n k_n^T) v_n + q_n S_n        S_n = S + sum_{m<n} k_m^T v_m
 
     The sum over m is a product with an (N, N) triangle, which beats `torch.cumsum` in time and memory, forward and
-    backward, as long as N is small: call it with a few chunks and carry S (`linear_attention` does).
+    backward, as long as N is small: call it with a few chunks and carry S, as `few_chunks_at_once` does.
     """
     T = q.shape[2]
     L = min(chunk_size, T)
@@ -203,6 +211,14 @@ def chunked(q, k, v, S, chunk_size):
     S_n = S.unsqueeze(2) + (before @ kv.flatten(-2)).view_as(kv)
     y = (q @ k.mT).tril() @ v + q @ S_n                                                   # (B, H, N, L, D+1)
     return y.flatten(2, 3)[:, :, :T], S + kv.sum(dim=2)
+
+
+def few_chunks_at_once(q, k, v, S, chunk_size):
+    y = []
+    for parts in zip(*(x.split(16 * chunk_size, dim=2) for x in (q, k, v))):              # N <= 16
+        y_i, S = chunked(*parts, S, chunk_size)
+        y.append(y_i)
+    return torch.cat(y, dim=2), S
 
 
 def bidirectional(q, k, v):
@@ -253,11 +269,7 @@ def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state
         elif form == "recurrent":
             y, state = recurrent(q, k, v, state)
         else:
-            y = []
-            for parts in zip(*(x.split(16 * chunk_size, dim=2) for x in (q, k, v))):      # N <= 16: see `chunked`
-                y_i, state = chunked(*parts, state, chunk_size)
-                y.append(y_i)
-            y = torch.cat(y, dim=2)
+            y, state = few_chunks_at_once(q, k, v, state, chunk_size)
         y = divide(y[..., :-1], y[..., -1:], eps).to(dtype)
     return (y, state) if return_state else y
 
@@ -355,6 +367,8 @@ class LinearAttention(nn.Module):
     instead. The fused kernels ("auto" on a GPU) do without: they never write the features of the hedgehog maps.
     """
 
+    window = 0  # of HybridAttention
+
     def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, tie_qk=False, chunk_size=64, segment_size=256,
                  **map_options):
         super().__init__()
@@ -375,7 +389,7 @@ class LinearAttention(nn.Module):
         kernels, kind = None, self.map_q.kind
         has_map = kind == self.map_k.kind and kind in FUSED_MAPS
         has_map = has_map and self.map_q.weight.dtype != torch.float64                    # a W that the kernels refuse
-        if form == "auto" and q.dtype == k.dtype == v.dtype:
+        if form == "auto" and q.dtype == k.dtype == v.dtype and not self.window:
             # Not the last word: `linear_attention` asks for features alone, and says why not.
             kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map, say=False)
         if kernels and has_map:
@@ -398,6 +412,84 @@ class LinearAttention(nn.Module):
             phi_q, phi_k = phi_q.to(q.dtype), phi_k.to(q.dtype)
         y = linear_attention(phi_q, phi_k, v.to(phi_q.dtype), form, True, state, return_state, self.chunk_size)
         return (y[0].to(v.dtype), y[1]) if return_state else y.to(v.dtype)
+
+
+class HybridAttention(LinearAttention):
+    """Softmax's weights for the last `window` tokens, the maps' for all that is older, under one denominator. O(T).
+
+        y_t = sum_{s<=t} a_ts v_s / sum_{s<=t} a_ts        a_ts = exp(q_t.k_s / sqrt(D))     where t - s < window
+                                                           a_ts = g_t phi(q_t).phi(k_s)      where it is older
+
+    Not in the paper; LoLCATs (Zhang et al. 2024) does about this. The scale of the features cancels in linear
+    attention, but not here: a gate, log g_t = q_t.c + b with c (H, D) and b (H,), sets what a key in the window weighs
+    against one beyond. What a map's `is_query` divides by must then be put back: HYBRID_MAPS are those with a
+    `log_shift`.
+
+    Arguments as in LinearAttention; plain PyTorch always, in float32 at least. The state is a tuple: the last `window`
+    keys, their values with the column of ones, both float32 at least, and the sum S over all older tokens.
+    """
+
+    def __init__(self, n_head, head_dim, kind="hedgehog", *args, window, **options):
+        check_hybrid(kind, window)
+        super().__init__(n_head, head_dim, kind, *args, **options)
+        self.window = window
+        # Where q or k is 0, an old key starts at e^-5 of what a key in the window weighs. Old keys are many, and an
+        # untrained map hardly tells them apart: at equal weight they drown the window, in a new model and in one that
+        # was just swapped in. Nor may they weigh nothing, or their maps would get no gradient.
+        at_zero = {"hedgehog": 2 / head_dim, "hedgehog_exp": 2 * head_dim, "taylor": 1}.get(kind, head_dim)
+        self.map_gate = nn.Parameter(torch.zeros(n_head, head_dim))
+        self.map_gate_bias = nn.Parameter(torch.full((n_head,), -5 - math.log(at_zero)))  # phi.phi; relu, t2r: about
+
+    def log_gate(self, q):
+        """q (B, H, T, D) -> (B, H, T, 1): log g, and in it what the features of q have been divided by."""
+        with torch.autocast(q.device.type, enabled=False):
+            q = at_least_float32(q)
+            gate, bias = (x.to(q.dtype).unsqueeze(-1) for x in (self.map_gate, self.map_gate_bias))
+            return q @ gate + bias.unsqueeze(-1) + self.map_q.log_shift(q)                # (B, H, T, D) @ (H, D, 1)
+
+    def attend(self, q, k, v, form, state, return_state, offset, eps=1e-30):
+        if form not in ("auto", "chunked", "recurrent"):
+            raise ValueError(f"the hybrid has no form {form!r}: leave it at 'auto'")
+        T, W, dtype = q.shape[2], self.window, v.dtype
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = at_least_float32(q), at_least_float32(k)
+            v = F.pad(v.to(q.dtype), (0, 1), value=1.0)                                   # (B, H, T, D+1)
+            if state is None:  # zeros in the column of ones, too: before the text stand W keys that count as none
+                past = F.pad(q[:, :, :0], (0, 0, 0, W)), F.pad(v[:, :, :0], (0, 0, 0, W))
+                state = *past, q.new_zeros(*q.shape[:2], self.map_q.feature_dim, v.shape[-1])
+            k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)       # (B, H, W+T, D or D+1)
+            phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k[:, :, :T])          # of the keys W tokens ago
+            old, S = few_chunks_at_once(phi_q, phi_k, v[:, :, :T], state[2], self.chunk_size)
+            num, den = old[..., :-1], old[..., -1:]
+            log_den = den.clamp(min=eps).log().masked_fill(den < eps, -math.inf) + self.log_gate(q)
+            y = window_and_rest(q, k, v, log_den, divide(num, den, eps), W).to(dtype)
+        return (y, (k[:, :, T:].clone(), v[:, :, T:].clone(), S)) if return_state else y
+
+
+def window_and_rest(q, k, v, log_rest, rest, W):
+    """Softmax over the last W keys, and over all that is older as if it were one more key: the logarithm of its weight
+    is log_rest (B, H, T, 1), its value rest (B, H, T, D). q (B, H, T, D), and from W tokens before it on
+    k (B, H, W+T, D) and v (B, H, W+T, D+1), whose last column is zero where there is no key. Returns (B, H, T, D).
+    """
+    T, D = q.shape[2:]
+    L = min(W, T)  # time is cut into N blocks of L: of W, or one of T
+    q, k, v, log_rest, rest = (F.pad(x, (0, 0, 0, -T % L)) for x in (q, k, v, log_rest, rest))
+    q, log_rest, rest = (x.unflatten(2, (-1, L)) for x in (q, log_rest, rest))            # (B, H, N, L, ...)
+    k, v = (torch.cat((x[:, :, :-L].unflatten(2, (-1, W)), x[:, :, W:].unflatten(2, (-1, L))), dim=3) for x in (k, v))
+    i, j = torch.arange(L, device=q.device).unsqueeze(1) + W, torch.arange(W + L, device=q.device)
+    seen = (j <= i) & (j > i - W) & (v[:1, :1, ..., -1:] > 0).mT                          # (1, 1, N, L, W+L)
+    s = (q @ k.mT / math.sqrt(D)).masked_fill(~seen, -math.inf)
+    p = torch.cat((s, log_rest), dim=-1).softmax(dim=-1)                                  # (B, H, N, L, W+L+1)
+    y = (p[..., :-1] @ v)[..., :-1] + p[..., -1:] * rest
+    return y.flatten(2, 3)[:, :, :T]
+
+
+def check_hybrid(kind, window):
+    if window < 1:
+        raise ValueError(f"a hybrid needs a window of at least 1 token, got {window}")
+    if kind not in HYBRID_MAPS:
+        raise ValueError(f"softmax over a window and {kind} beyond do not go together, since what {kind} weighs is not "
+                         f"known on softmax's scale: choose one of {', '.join(HYBRID_MAPS)}, or no hybrid window")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,6 +517,7 @@ class GPTConfig:
     short_conv: int = 0  # tokens that a convolution of q, k and v reaches over; 0: none, as in the paper
     softmax_layers: int = 0  # the first layers, that attend by softmax whatever `attention` is; 0 in the paper
     window: int = 0  # tokens that those layers see, the current one included, in O(T window); 0: all
+    hybrid_window: int = 0  # tokens that every linear layer sees by softmax, older ones by its map; 0: none, the paper
 
     def __post_init__(self):
         if self.attention not in ATTENTIONS:
@@ -432,12 +525,14 @@ class GPTConfig:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.chunk_size) < 1:
             raise ValueError("block_size, vocab_size, n_layer, n_head, n_embd and chunk_size must be at least 1, got "
                              f"{self}")
-        if min(self.segment_size, self.short_conv) < 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"segment_size={self.segment_size} and short_conv={self.short_conv} must be at least 0, "
-                             f"dropout={self.dropout} in [0, 1)")
+        if min(self.segment_size, self.short_conv, self.hybrid_window) < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"segment_size={self.segment_size}, short_conv={self.short_conv} and hybrid_window="
+                             f"{self.hybrid_window} must be at least 0, dropout={self.dropout} in [0, 1)")
         if not 0 <= self.softmax_layers <= self.n_layer or self.window < 0 or self.window and not self.softmax_layers:
             raise ValueError(f"softmax_layers={self.softmax_layers} must be in [0, n_layer={self.n_layer}]; window="
                              f"{self.window} must be at least 0, and 0 where no layer keeps softmax")
+        if self.hybrid_window:
+            check_hybrid(self.attention, self.hybrid_window)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
 
@@ -496,7 +591,8 @@ class CausalSelfAttention(nn.Module):
         self.window = config.window if layer < config.softmax_layers else 0
         self.linear = None
         if config.attention != "softmax" and layer >= config.softmax_layers:
-            self.linear = LinearAttention(
+            hybrid = partial(HybridAttention, window=min(config.hybrid_window, config.block_size))
+            self.linear = (hybrid if config.hybrid_window else LinearAttention)(
                 config.n_head, C // config.n_head, config.attention, config.feature_bias, config.tie_qk,
                 config.chunk_size, config.segment_size, temperature=config.temperature, max_len=config.block_size,
                 scale=config.map_scale, learn_temperature=config.learn_temperature)
@@ -612,8 +708,9 @@ class GPT(nn.Module):
     def new_cache(self):
         """An empty past, one dict a layer: pass it to `forward` with each next piece of the sequence.
 
-        Linear attention keeps (B, H, P, D+1) a layer, whatever the length; softmax two (B, H, block_size, D) buffers,
-        or window - 1 tokens of them; short_conv, if there is one, (B, short_conv - 1, 3C) besides.
+        Linear attention keeps (B, H, P, D+1) a layer, whatever the length, and with hybrid_window the keys and values
+        of that many tokens; softmax two (B, H, block_size, D) buffers, or window - 1 tokens of them; short_conv, if
+        there is one, (B, short_conv - 1, 3C) besides.
         """
         return [{} for _ in self.transformer.h]
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import hedgehog
-from hedgehog import GPT, FeatureMap, GPTConfig, LinearAttention, attention_weights, linear_attention
+from hedgehog import (
+    GPT, FeatureMap, GPTConfig, HybridAttention, LinearAttention, attention_weights, linear_attention)
 
 each_map = pytest.mark.parametrize("kind", hedgehog.FEATURE_MAPS)
 each_form = pytest.mark.parametrize("form", ["quadratic", "cumsum", "chunked", "recurrent"])
@@ -41,8 +42,9 @@ def mapped(T, P=6, D=3, dtype=torch.float64):
 
 
 def layer(kind, H=2, D=4, dtype=torch.float64, **options):
-    """A LinearAttention whose maps have left the identity, which would hide a transposed W or a lost bias."""
-    module = LinearAttention(H, D, kind, bias=True, **options).to(dtype)
+    """A LinearAttention, or with a window a HybridAttention, whose maps have left the identity, which would hide a
+    transposed W or a lost bias."""
+    module = (HybridAttention if "window" in options else LinearAttention)(H, D, kind, bias=True, **options).to(dtype)
     with torch.no_grad():
         for p in module.parameters():
             p += 0.3 * torch.randn_like(p)
@@ -446,6 +448,92 @@ def test_sums_beyond_the_range_of_float16_are_right(form):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The hybrid: softmax over a window, the maps beyond
+
+
+def plain_hybrid(module, q, k, v):
+    """HybridAttention's docstring, written again with all (T, T) weights and features as they are, not divided."""
+    t = torch.arange(q.shape[2])
+    log_gate = torch.einsum("bhtd,hd->bht", q, module.map_gate) + module.map_gate_bias[:, None]
+    far = log_gate[..., None].exp() * (plain_map(module.map_q, q) @ plain_map(module.map_k, k).mT)
+    near = (q @ k.mT / math.sqrt(q.shape[-1])).exp()
+    weights = torch.where(t[:, None] - t < module.window, near, far).tril()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", hedgehog.HYBRID_MAPS)
+@pytest.mark.parametrize("window", [1, 4, 16])
+@pytest.mark.parametrize("chunk_size", [3, 64])
+def test_the_hybrid_is_softmax_over_the_window_and_the_map_beyond(kind, window, chunk_size):
+    module = layer(kind, window=window, chunk_size=chunk_size, segment_size=24)
+    for T in {1, max(1, window - 1), window, window + 1, 2 * window + 1, 100}:
+        q, k, v = normal(T, scale=2)
+        inputs = dict(q=q, k=k, v=v, **dict(module.named_parameters()))
+        expected = with_gradients(plain_hybrid(module, q, k, v), **inputs)
+        assert_close(with_gradients(module(q, k, v), **inputs), expected)
+
+
+@pytest.mark.parametrize("kind", ["hedgehog_exp", "elu"])
+@pytest.mark.parametrize("pieces", [[1] * 30, [5, 1, 1, 14, 9], [3, 27]], ids=str)
+def test_the_hybrid_goes_on_from_the_last_tokens_and_the_sum_of_all_older_ones(kind, pieces):
+    module, (q, k, v), state, y = layer(kind, window=4, chunk_size=3, segment_size=8), normal(30), None, []
+    for parts in zip(*(x.split(pieces, dim=2) for x in (q, k, v))):
+        y_i, state = module(*parts, "recurrent" if parts[0].shape[2] == 1 else "auto", state, return_state=True)
+        y.append(y_i)
+        assert [x.shape for x in state] == [(2, 2, 4, 4), (2, 2, 4, 5), (2, 2, module.map_q.feature_dim, 5)]
+        assert all(x.untyped_storage().nbytes() == x.numel() * 8 for x in state)  # and no view of more
+    inputs = dict(q=q, k=k, v=v, **dict(module.named_parameters()))
+    assert_close(with_gradients(torch.cat(y, dim=2), **inputs), with_gradients(plain_hybrid(module, q, k, v), **inputs))
+
+
+def test_the_hybrid_forms_no_T_by_T_weights():
+    sizes, module = [], layer("hedgehog_exp", H=1, window=8, segment_size=0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        module(*normal(1000, H=1, B=1))
+    assert max(sizes) <= 1024 * 64  # of a chunk, linear in T
+
+
+@pytest.mark.parametrize("kind", hedgehog.HYBRID_MAPS)
+def test_an_old_key_starts_far_below_one_in_the_window(kind):
+    module, x = HybridAttention(2, 4, kind, window=1).double(), torch.zeros(1, 2, 2, 4, dtype=torch.float64)
+    weights = module(x, x, torch.eye(2, dtype=torch.float64).expand(1, 2, 2, 2))[0, :, 1]         # of the second query
+    expected = 0 if kind in ("relu", "t2r") else math.exp(-5)  # 0 has no features there
+    assert_close(weights[:, 0] / weights[:, 1], torch.full((2,), expected).double(), rtol=1e-6, atol=0)
+    assert (module.map_gate == 0).all() and module.map_gate_bias.isfinite().all()
+
+
+def test_what_the_hybrids_queries_were_divided_by_may_be_beyond_float32():
+    module, (q, k, v) = layer("hedgehog_exp", window=4), normal(40, scale=2)
+    q = (20 * q).detach().requires_grad_()
+    assert module.map_q.log_shift(q).max() > 100  # e^88 is the end of float32
+    expected = with_gradients(plain_hybrid(module, q, k, v), q=q, k=k, v=v)
+    half = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    found = with_gradients(module.float()(*half), **dict(zip("qkv", half)))
+    assert_close(found["y"], expected["y"].float(), rtol=1e-3, atol=1e-3)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+def test_an_old_token_without_any_feature_leaves_the_window_alone():
+    module, (q, k, v) = HybridAttention(2, 4, "relu", window=4).double(), normal(20)
+    y = with_gradients(module(q, k - 100, v), q=q, k=k, v=v)
+    window = with_gradients(hedgehog.sliding_window(q, k - 100, v, 4), q=q, k=k, v=v)
+    assert_close(y, window)
+
+
+@pytest.mark.parametrize("kind", hedgehog.HYBRID_MAPS)
+def test_the_hybrid_in_half_precision_and_under_autocast_sums_in_float32(kind):
+    module, (q, k, v) = layer(kind, dtype=torch.float32, window=4), normal(2000, H=2, B=1, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = module(q, k, v, return_state=True)
+        wide = [x.detach().float() for x in (q, k, v)]
+        with_autocast = module(*wide)
+    assert y.dtype == torch.bfloat16 and {x.dtype for x in state} == {torch.float32}
+    assert torch.equal(with_autocast, module(*wide))
+    exact = module.double()(*(x.double() for x in (q, k, v)))
+    assert_close(y, exact, **rounding(torch.bfloat16, atol=2e-5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The GPT
 
 
@@ -562,6 +650,43 @@ def test_cached_logits_of_first_layers_with_softmax_are_those_of_the_full_forwar
     cache = model.new_cache()
     logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
     assert_close(logits, model(idx)[0])
+
+
+@pytest.mark.parametrize("hybrid_window", [1, 5, 99])
+@pytest.mark.parametrize("others", [{}, dict(short_conv=3, softmax_layers=1, window=3)], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 16, [5, 1, 1, 7, 2], [3, 13]], ids=str)
+def test_cached_logits_of_a_hybrid_are_those_of_the_full_forward(hybrid_window, others, pieces):
+    model, idx = tiny_gpt("hedgehog_exp", hybrid_window=hybrid_window, **others), tokens(16)
+    assert isinstance(model.transformer.h[1].attn.linear, HybridAttention)
+    assert (model.transformer.h[0].attn.linear is None) == bool(others)
+    cache = model.new_cache()
+    logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
+    assert_close(logits, model(idx)[0])
+    assert cache[1]["state"][0].shape[2] == min(hybrid_window, 16)  # never more than the block
+    prompt = tokens(21)  # longer than block_size, and past it
+    assert torch.equal(model.generate(prompt, 20, 0), model.generate(prompt, 20, 0, use_cache=False))
+
+
+def test_a_hybrid_whose_window_holds_the_text_is_softmax_and_another_is_not():
+    softmax, idx = tiny_gpt("softmax"), tokens(16)
+    for window in (16, 15):
+        model = tiny_gpt("hedgehog", hybrid_window=window)
+        model.load_state_dict(softmax.state_dict(), strict=False)
+        assert torch.allclose(model(idx)[0], softmax(idx)[0]) == (window == 16)
+
+
+@pytest.mark.parametrize("options", [{}, dict(hybrid_window=5)], ids=str)
+def test_the_gpt_is_one_graph_for_torch_compile(options):
+    model, idx = tiny_gpt("hedgehog_exp", **options).float(), tokens(16)
+    model.transformer.h[0].attn.linear.segment_size = model.transformer.h[1].attn.linear.segment_size = 0
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for function in (model, compiled):
+        function(idx, idx)[1].backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        if function is model:
+            expected = gradients
+        model.zero_grad()
+    assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
 
 
 @each_attention
@@ -716,6 +841,13 @@ BAD_CALLS = [
     (r"softmax_layers=13 must be in \[0, n_layer=12\]", lambda: GPTConfig(softmax_layers=13)),
     ("window=-1", lambda: GPTConfig(softmax_layers=1, window=-1)),
     ("window=8 must be at least 0, and 0 where no layer keeps softmax", lambda: GPTConfig(window=8)),
+    ("hybrid_window=-1 must be at least 0", lambda: GPTConfig(hybrid_window=-1)),
+    *((f"softmax over a window and {kind} beyond do not go.*choose one of hedgehog,",
+       lambda kind=kind: GPTConfig(attention=kind, hybrid_window=8))
+      for kind in ("softmax", "exp", "performer", "cosformer")),
+    ("do not go together", lambda: HybridAttention(2, 4, "cosformer", window=3)),
+    ("window of at least 1 token, got 0", lambda: HybridAttention(2, 4, window=0)),
+    ("no form 'quadratic'", lambda: HybridAttention(2, 4, window=3)(x, x, x, "quadratic")),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x, x[:, :, :2], x)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4, segment_size=2)(x, x, x[:, :, :2])),
     (r"expected q and k \(B, 3, T, 4\)", lambda: LinearAttention(3, 4)(x, x, x)),

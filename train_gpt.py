@@ -99,6 +99,8 @@ class TrainConfig:
     short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; 0: none")
     softmax_layers: int = opt(0, "the first layers, which attend by softmax whatever --attention says; 0 in the paper")
     window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
+    hybrid_window: int = opt(0, "tokens that every linear layer sees by softmax, and older ones by its map, not in the "
+                             "paper; 0: none")
     # optimisation
     steps: int = opt(1000, "optimizer steps")
     batch_size: int = opt(8, "sequences a step, over all processes and micro-batches")
@@ -333,17 +335,18 @@ def training_flops(model):
         softmax    2 T C                           two products of width D with the T / 2 keys before, on average
         window     4 C times its mean length       window - window^2 / 2T
         linear     4 P (D + 1) H + maps of q, k    the state takes up a token and answers it: the recurrent form
+        hybrid     both of the last two
     so recomputed features and the products inside a chunk count as overhead, not as work done. Norms, activations and a
     short convolution are left out: thousandths.
     """
     c, attention = model.config, 0
     weights, D = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), c.n_embd // c.n_head
     for block in model.transformer.h:
-        if block.attn.linear is None:
-            window = min(block.attn.window or c.block_size, c.block_size)
-            attention += 4 * (window - window ** 2 / (2 * c.block_size)) * c.n_embd
-        else:
-            phi = block.attn.linear.map_q
+        linear = block.attn.linear
+        window = linear.window if linear else min(block.attn.window or c.block_size, c.block_size)
+        attention += 4 * (window - window ** 2 / (2 * c.block_size)) * c.n_embd
+        if linear:
+            phi = linear.map_q
             width = D if phi.weight is not None else phi.feature_dim if phi.kind == "performer" else 0
             attention += c.n_head * (4 * phi.feature_dim * (D + 1) + 4 * D * width)
     return 6 * weights + 3 * attention
@@ -384,8 +387,10 @@ def make_optimizer(model, config, device):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        # A map's bias is (H, D), and the short convolution starts from the identity, which decay would shrink.
-        is_map, is_matrix = ".map_" in name, p.ndim >= 2 and not name.endswith(("bias", "short_conv.weight"))
+        # A map's bias and a hybrid's gate are vectors, one a head; the short convolution starts from the identity,
+        # which decay would shrink.
+        vectors = ("bias", "map_gate", "short_conv.weight")
+        is_map, is_matrix = ".map_" in name, p.ndim >= 2 and not name.endswith(vectors)
         groups.setdefault((is_map, is_matrix), []).append(p)
     return torch.optim.AdamW(
         [dict(params=params, lr_scale=config.map_lr_scale if is_map else 1.0,

@@ -58,15 +58,17 @@ def script(*command, **options):
 # ---------------------------------------------------------------- a run
 
 
-@pytest.mark.parametrize("attention, ahead", [("hedgehog", 0), ("softmax", 0), ("performer", 0), ("hedgehog", 1)])
-def test_a_resumed_run_continues_to_the_last_bit(text_dir, tmp_path, monkeypatch, attention, ahead):
+@pytest.mark.parametrize("attention, ahead, flags", [
+    ("hedgehog", 0, []), ("softmax", 0, []), ("performer", 0, []), ("hedgehog", 1, []),
+    ("hedgehog_exp", 0, ["--hybrid-window", "4"])])
+def test_a_resumed_run_continues_to_the_last_bit(text_dir, tmp_path, monkeypatch, attention, ahead, flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(config(text_dir, whole, "--attention", attention))
+    train(config(text_dir, whole, "--attention", attention, *flags))
     monkeypatch.setattr(train_gpt, "steps_ahead", lambda device, world: ahead)  # as on a GPU: the same curve
     with monkeypatch.context() as m:
         m.setattr(train_gpt, "interrupts", lambda say: stop_after(4))  # not at an evaluation
         with pytest.raises(SystemExit) as stopped:
-            train(config(text_dir, parts, "--attention", attention))
+            train(config(text_dir, parts, "--attention", attention, *flags))
     assert stopped.value.code == 130 and load_checkpoint(parts / "last.pt")["state"]["step"] == 4
     summary = train(parse_config(TrainConfig, PRESETS, ["--out", str(parts), "--resume"]))
     assert rows(parts) == rows(whole) and len(rows(whole)) == 3 and summary["resumed"] == 1
@@ -176,7 +178,8 @@ def test_an_epoch_shows_every_block_once_and_each_epoch_in_another_order():
 
 
 def test_only_matrices_decay_and_maps_have_their_own_learning_rate():
-    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, feature_bias=True, short_conv=3))
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, feature_bias=True, short_conv=3,
+                          hybrid_window=2))
     groups = train_gpt.make_optimizer(model, TrainConfig(map_lr_scale=10.0), torch.device("cpu")).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     for group in groups:
@@ -209,6 +212,8 @@ def test_model_flops_are_those_of_the_equations():
     assert flops(attention="elu") == weights + 2 * 3 * 12 * 4 * 64 * 65
     assert flops(attention="elu", softmax_layers=1) == weights + 6 * 1024 * 768 + 3 * 12 * 4 * 64 * 65
     assert flops(attention="softmax", softmax_layers=2, window=64) == weights + 2 * 3 * 4 * (64 - 64 / 32) * 768
+    more = flops(attention="hedgehog", hybrid_window=64) - flops(attention="hedgehog")
+    assert more == flops(attention="softmax", softmax_layers=2, window=64) - weights
     for window in (1024, 9999):
         assert flops(attention="softmax", softmax_layers=2, window=window) == flops(attention="softmax")
     assert flops(attention="hedgehog", tie_head=False, tie_qk=True) == flops(attention="hedgehog")
@@ -321,6 +326,8 @@ def test_missing_and_short_data_are_refused(text_dir, tmp_path):
         train(config(text_dir, tmp_path / "run", "--accum", "3"))
     with pytest.raises(ValueError, match="n_head"):
         train(config(text_dir, tmp_path / "run", "--n-head", "3"))
+    with pytest.raises(ValueError, match="performer beyond do not go together.*choose one of hedgehog"):
+        train(config(text_dir, tmp_path / "run", "--attention", "performer", "--hybrid-window", "8"))
     with pytest.raises(ValueError, match="--prompt is empty"):  # before the run, not after it
         train(config(text_dir, tmp_path / "run", "--prompt", ""))
     assert not (tmp_path / "run").exists()
