@@ -64,6 +64,8 @@ class ConvertConfig:
                           "identity and learns in stage 2; 0: as the teacher, mostly none")
     softmax_layers: int = opt(0, "the first layers, which keep softmax; 0 in the paper")
     window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
+    hybrid_window: int = opt(0, "tokens that every new layer sees by softmax, and older ones by its map, not in the "
+                             "paper; 0: none")
     dropout: float = opt(0.0, "while finetuning")
     # stage 1: the maps alone learn to imitate softmax's weights
     maps: str = opt("", "start from the maps of this checkpoint: a distilled/last.pt, or any of a model like this one")
@@ -99,6 +101,8 @@ class ConvertConfig:
             raise ValueError(f"--name {self.name!r} must be letters, digits and . + = - _ and begin with one of the "
                              "first; softmax is the name of the finetuned teacher")
         check_least(self, softmax_layers=0, window=0, short_conv=0)
+        if self.hybrid_window:
+            GPTConfig(attention=self.attention, hybrid_window=self.hybrid_window)  # refuses what does not go together
         if self.window and not self.softmax_layers:
             raise ValueError(f"--window {self.window} is that of the first layers: say how many with --softmax-layers")
         if self.softmax_layers and not self.window and self.attention == "softmax":
@@ -138,6 +142,7 @@ def run_name(config):
     more = f"-conv{config.short_conv}" if config.short_conv else ""
     if config.softmax_layers:
         more += f"-first{config.softmax_layers}" + (f"x{config.window}" if config.window else "")
+    more += f"-hybrid{config.hybrid_window}" if config.hybrid_window else ""
     return config.name or config.attention + more + ("-undistilled" if undistilled else "")
 
 
@@ -186,8 +191,8 @@ def gpt2_files():
 
 
 def swap(teacher, config):
-    """A GPT with the teacher's weights and linear attention: what is new in it is exactly the feature maps, and with
-    --short-conv the convolutions, which start as the identity."""
+    """A GPT with the teacher's weights and linear attention: what is new in it is exactly the feature maps, the gates
+    of --hybrid-window included, and with --short-conv the convolutions, which start as the identity."""
     block_size, longest = config.block_size or teacher.config.block_size, teacher.config.block_size
     if block_size > longest:
         raise ValueError(f"--block-size {block_size}: the teacher knows {longest} positions, take at most that")
@@ -217,13 +222,16 @@ def swap(teacher, config):
 # maps learn, and every layer learns from the activations of the teacher, whose other weights the linear model shares.
 
 
-def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e34), faint=1e-20):
+def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, window=0, log_gate=None, bounds=(1e-37, 1e34),
+                   faint=1e-20):
     """(cross-entropy of the linear weights under softmax's, entropy of softmax's): means over queries, heads and batch.
 
         L_i = - sum_{j<=i} p_ij log(a_ij / sum_{m<=i} a_im)      p = softmax(q.k / sqrt(D)), a = phi(q).phi(k)
 
     q, k (B, H, T, D) raw, phi_q, phi_k (B, H, T, P). Time and memory O(T^2). Source: the paper, and LoLCATs' code.
     keep (B, T): False for padding, which counts neither as a key nor as a query. causal=False: the sums run over all j.
+    window, log_gate (B, H, T, 1): those of a HybridAttention, where a_ij is exp(q.k / sqrt(D)) for the last `window`
+    keys and phi(q).phi(k) exp(log_gate) before. What is said below of a_ij and its sum is then of phi(q).phi(k) there.
 
     The entropy is the floor, and no maps get below it: a_ij is bounded inside the sum as well as above it, so that
     a / sum(a) is a distribution whatever a is. With an addend, log(a + eps) - log(sum(a) + eps), the weights of n keys
@@ -245,9 +253,13 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, bounds=(1e-37, 1e
         log_sum = s.masked_fill(hidden, -math.inf).logsumexp(-1, keepdim=True)
         p = (s - log_sum).exp().masked_fill(hidden, 0)
         a = (phi_q @ phi_k.mT).clamp(*bounds)
-        log_a_sum = a.masked_fill(hidden, 0).sum(-1, keepdim=True).log()
+        log_a, near = a.log(), torch.ones_like(hidden).triu(1 - window) & (window > 0)    # near: or in the future
+        log_a_sum = a.masked_fill(hidden | near, 0).sum(-1, keepdim=True).clamp(min=bounds[0]).log()
         too_faint = (math.log(faint) - log_a_sum.squeeze(-1)).clamp(min=0)                # (B, H, T)
-        cross_entropy = (p * (log_a_sum - a.log())).sum(-1) + (too_faint - too_faint.detach())
+        if window:  # as logarithms, since the gate, which holds what phi(q) was divided by, may be beyond float32
+            log_a = torch.where(near, s, log_a + log_gate)
+            log_a_sum = log_a.masked_fill(hidden, -math.inf).logsumexp(-1, keepdim=True)
+        cross_entropy = (p * (log_a_sum - log_a)).sum(-1) + (too_faint - too_faint.detach())
         return (cross_entropy * weight).sum(), ((p * (log_sum - s)).sum(-1) * weight).sum()
 
 
@@ -267,7 +279,8 @@ def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
             maps, both = block.attn.linear, x.new_zeros(2)
             if maps is not None:
                 with torch.set_grad_enabled(learn):
-                    both = loss(q, k, maps.map_q(q, is_query=True), maps.map_k(k))
+                    hybrid = dict(window=maps.window, log_gate=maps.log_gate(q)) if maps.window else {}
+                    both = loss(q, k, maps.map_q(q, is_query=True), maps.map_k(k), **hybrid)
                 if learn:
                     both[0].backward()
             losses.append(torch.stack([value.detach() for value in both]))
@@ -311,8 +324,8 @@ def load_maps(model, path):
     more = [name for name in checkpoint["model"] if name.startswith(layers) and name not in known]
     if more or {name: p.shape for name, p in given.items()} != {name: p.shape for name, p in maps.items()}:
         raise ValueError(f"{path} does not hold the feature maps of this model: --attention, --feature-bias, --tie-qk, "
-                         "--learn-temperature and the teacher must be those that it was made with, and "
-                         "--softmax-layers at least as many")
+                         "--learn-temperature, --hybrid-window or none, and the teacher must be those that it was made "
+                         "with, and --softmax-layers at least as many")
     model.load_state_dict(given, strict=False)
     return checkpoint
 
@@ -485,11 +498,11 @@ def convert(config, *, held):
     if config.reference and not is_plain(config) and config.steps and not references(results.rows, n_tokens):
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
         reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0, softmax_layers=0,
-                            window=0)
+                            window=0, hybrid_window=0)
         results = convert(replace(reference, resume=config.resume and was_begun(reference)))
 
     row = dict(name=name, attention=config.attention, short_conv=config.short_conv,
-               softmax_layers=config.softmax_layers, window=config.window)
+               softmax_layers=config.softmax_layers, window=config.window, hybrid_window=config.hybrid_window)
     if config.attention != "softmax":
         student, learns = student.to(device), bool(maps_of(student))
         if not config.maps:

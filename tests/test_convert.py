@@ -80,27 +80,32 @@ def small_gpt(seed=0, **options):
 # ---------------------------------------------------------------- the loss
 
 
-def loss_by_hand(q, k, phi_q, phi_k):
+def loss_by_hand(q, k, phi_q, phi_k, window=0, log_gate=None):
     """One query and one key after the other, as the equation is written."""
     cross_entropy, entropy, n = 0.0, 0.0, 0
     for b, h, i in np.ndindex(q.shape[:3]):
         s = torch.stack([q[b, h, i] @ k[b, h, j] / math.sqrt(q.shape[-1]) for j in range(i + 1)])
-        a = torch.stack([phi_q[b, h, i] @ phi_k[b, h, j] for j in range(i + 1)])
+        gate = log_gate[b, h, i].exp() if window else 1
+        a = torch.stack([s[j].exp().view(1) if i - j < window else gate * (phi_q[b, h, i] @ phi_k[b, h, j]).view(1)
+                         for j in range(i + 1)]).squeeze(1)
         p = s.exp() / s.exp().sum()
         cross_entropy, entropy, n = cross_entropy - p @ (a / a.sum()).log(), entropy - p @ p.log(), n + 1
     return cross_entropy / n, entropy / n
 
 
-def test_the_loss_and_its_gradient_are_those_of_the_equation():
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_the_loss_and_its_gradient_are_those_of_the_equation(window):
     torch.manual_seed(0)
     q, k = torch.randn(2, 2, 3, 7, 4, dtype=torch.float64)
     maps = [FeatureMap(3, 4).double() for _ in range(2)]
     for m in maps:
         m.weight.data.add_(0.5 * torch.randn_like(m.weight))
-    gradients = []
+    gradients, log_gate = [], torch.randn(2, 3, 7, 1, dtype=torch.float64, requires_grad=True)
+    hybrid = dict(window=window, log_gate=log_gate) if window else {}
     for function in (imitation_loss, loss_by_hand):
-        losses = function(q, k, maps[0](q), maps[1](k))
-        gradients.append([*losses, *torch.autograd.grad(losses[0], [m.weight for m in maps])])
+        losses = function(q, k, maps[0](q), maps[1](k), **hybrid)
+        inputs = [m.weight for m in maps] + [log_gate] * bool(window)
+        gradients.append([*losses, *torch.autograd.grad(losses[0], inputs)])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -144,14 +149,31 @@ ADVERSARIES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("spoil", ADVERSARIES.values(), ids=ADVERSARIES.keys())
 @pytest.mark.parametrize("sides", ["both", "keys"])
-def test_no_maps_bring_the_loss_below_the_teachers_entropy(dtype, spoil, sides):
+@pytest.mark.parametrize("gate", [None, -300.0, 0.0, 60.0, 300.0])  # of a hybrid
+def test_no_maps_bring_the_loss_below_the_teachers_entropy(dtype, spoil, sides, gate):
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 2, 40, 8, dtype=dtype)
     phi_q, phi_k = (torch.rand(1, 2, 40, 16, dtype=dtype, requires_grad=True) for _ in range(2))
-    cross_entropy, entropy = imitation_loss(q, k, spoil(phi_q) if sides == "both" else phi_q, spoil(phi_k))
+    log_gate = torch.full((1, 2, 40, 1), gate or 0.0, dtype=dtype, requires_grad=True)
+    hybrid = {} if gate is None else dict(window=8, log_gate=log_gate)
+    cross_entropy, entropy = imitation_loss(q, k, spoil(phi_q) if sides == "both" else phi_q, spoil(phi_k), **hybrid)
     assert 1 < entropy < math.log(40) and cross_entropy >= entropy and cross_entropy.isfinite()
-    for gradient in torch.autograd.grad(cross_entropy, (phi_q, phi_k)):
+    for gradient in torch.autograd.grad(cross_entropy, (phi_q, phi_k, *[log_gate] * bool(hybrid))):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_hybrid_reaches_the_floor_and_its_faint_features_are_raised(dtype):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 9, 4, dtype=dtype)
+    phi_q, phi_k = (q @ k.mT / 2).exp(), torch.eye(9, dtype=dtype).expand(1, 2, 9, 9)     # softmax itself
+    for log_scale in (0.0, 30.0, -60.0):  # which the gate takes back; e^-60 is below what linear_attention sees
+        log_scale = torch.tensor(log_scale, dtype=dtype, requires_grad=True)
+        log_gate = -log_scale.detach().expand(1, 2, 9, 1)
+        cross_entropy, entropy = imitation_loss(q, k, log_scale.exp() * phi_q, phi_k, window=3, log_gate=log_gate)
+        torch.testing.assert_close(cross_entropy, entropy, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
+        slope = torch.autograd.grad(cross_entropy, log_scale)[0].item()
+        assert slope == pytest.approx(-6 / 9 if log_scale < -50 else 0, abs=1e-5)         # six of nine see beyond three
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -228,6 +250,27 @@ def test_every_layer_is_compared_with_what_the_teacher_computes(short_conv):
         expected = imitation_loss(q, k, block.attn.linear.map_q(q), block.attn.linear.map_k(k))
         torch.testing.assert_close(loss, torch.stack(expected), rtol=1e-10, atol=0)
     assert losses[1, 0] > losses[1, 1] + 0.01
+
+
+@pytest.mark.parametrize("attention", ["hedgehog_exp", "elu"])
+@pytest.mark.parametrize("window", [1, 5])
+def test_a_hybrid_is_compared_by_the_weights_that_it_attends_with(attention, window):
+    softmax = small_gpt(attention="softmax").double()
+    student = spoilt_maps(swap(softmax, ConvertConfig(attention=attention, hybrid_window=window))).double().eval()
+    idx, x = torch.randint(256, (3, 32)), []
+    for block in softmax.transformer.h:
+        block.ln_1.register_forward_hook(lambda module, args, out: x.append(out))
+    softmax(idx)
+    losses = imitate(student, idx, nullcontext())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert imitate(student.float(), idx, torch.autocast("cpu", torch.bfloat16)).dtype == torch.float32
+    for block, x_i, loss in zip(student.double().transformer.h, x, losses, strict=True):
+        q, k, _ = block.attn.split_heads(x_i)
+        one_hot = torch.eye(32, dtype=torch.float64).expand(3, 2, 32, 32)                 # values that tell the weights
+        p = torch.nn.functional.scaled_dot_product_attention(q, k, one_hot, is_causal=True)
+        log_w = block.attn.linear(q, k, one_hot).clamp(min=1e-300).log()
+        torch.testing.assert_close(loss[0], -(p * log_w).sum(-1).mean(), rtol=1e-6, atol=0)
+        assert loss[0] > loss[1] + 1e-3
 
 
 @pytest.mark.parametrize("attention", ["hedgehog", "t2r"])
@@ -350,11 +393,34 @@ def test_first_layers_that_keep_softmax_are_not_distilled(command, tmp_path, tea
         command("--teacher", str(tmp_path / "table/softmax-first2x8/finetuned/best.pt"), "--out", str(tmp_path / "b"))
 
 
+@pytest.mark.parametrize("attention", ["hedgehog_exp", "elu"])
+def test_a_conversion_to_the_hybrid_distils_its_gates_too(command, tmp_path, attention):
+    flags = ["--attention", attention, "--hybrid-window", "4", "--export", str(tmp_path / "exported")]
+    results, name = command(*flags), f"{attention}-hybrid4"
+    assert [(r["name"], r["stage"], r["hybrid_window"]) for r in results.rows[1:]] == [
+        ("softmax", "finetuned", 0), *((name, stage, 4) for stage in ("swapped", "distilled", "finetuned"))]
+    swapped, distilled, finetuned = results.rows[2:]
+    assert all(0 < a < b for a, b in zip(distilled["kl"], swapped["kl"]))
+    maps = load_checkpoint(tmp_path / "table" / name / "distilled/last.pt")["model"]
+    weights = set() if attention == "elu" else {"map_q.weight", "map_k.weight"}
+    assert {key.split("linear.")[1] for key in maps} == {"map_gate", "map_gate_bias"} | weights
+    assert all(p.all() for p in maps.values())                                            # no map_gate is still 0
+    model, idx = load_model(tmp_path / "table" / name / "finetuned/best.pt")[0], torch.randint(256, (2, 32))
+    assert model.config.hybrid_window == 4
+    assert torch.equal(load_gpt2(tmp_path / "exported")(idx)[0], model(idx)[0])
+    flags = ["--maps", str(tmp_path / "table" / name / "distilled/last.pt"), "--attention", attention, "--no-reference"]
+    if weights:  # without any there is nothing to load
+        with pytest.raises(ValueError, match="--hybrid-window or none"):
+            command(*flags, "--name", "other")
+    rows = command(*flags, "--hybrid-window", "8", "--distill-steps", "0", "--steps", "1").rows   # another length fits
+    assert rows[-1]["name"] == f"{attention}-hybrid8" and rows[-2]["stage"] == "distilled"
+
+
 def test_a_conversion_older_than_some_flags_resumes(command, tmp_path):
     before = command("--attention", "softmax").rows
     path = tmp_path / "table/softmax/config.json"
     about = json.loads(path.read_text())
-    for name in ("short_conv", "softmax_layers", "window", "learn_temperature"):
+    for name in ("short_conv", "softmax_layers", "window", "learn_temperature", "hybrid_window"):
         assert not about["config"].pop(name)
     path.write_text(json.dumps(about))
     assert [r["valid_nats"] for r in command("--attention", "softmax", "--resume").rows] == [
@@ -370,8 +436,9 @@ def test_softmax_with_a_convolution_is_no_reference(command):
     assert "1.000" in str(results).splitlines()[2].split() and "1.000" not in str(results).splitlines()[3].split()
 
 
-def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch):
-    command()
+@pytest.mark.parametrize("name, new", [("hedgehog", []), ("hedgehog-hybrid4", ["--hybrid-window", "4"])])
+def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch, name, new):
+    command(*new)
     whole, parts = tmp_path / "whole", tmp_path / "table"
     parts.rename(whole)
     steps = dict(learned=0, trained=0)
@@ -385,15 +452,16 @@ def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_gpt2, "imitate", count("learned", convert_gpt2.imitate, learns))
     monkeypatch.setattr(train_gpt, "train_step", count("trained", train_gpt.train_step))
     # Stopped while the reference is finetuned, while the maps are distilled and while the result is finetuned.
-    for module, n, flags in ((train_gpt, 2, []), (convert_gpt2, 4, ["--resume"]), (train_gpt, 3, ["--resume"])):
+    resume = ["--name", name, "--resume"]
+    for module, n, flags in ((train_gpt, 2, new), (convert_gpt2, 4, resume), (train_gpt, 3, resume)):
         with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
             m.setattr(module, "interrupts", lambda say: stop_after(n))
             command(*flags)
         assert stopped.value.code == 130
-    assert load_checkpoint(parts / "hedgehog" / "finetuned" / "last.pt")["state"]["step"] == 3
-    command("--resume")
+    assert load_checkpoint(parts / name / "finetuned" / "last.pt")["state"]["step"] == 3
+    command(*resume)
     assert steps == dict(learned=6, trained=2 * 4)  # none is made again
-    for stage in ("hedgehog/distilled", "hedgehog/finetuned", "softmax/finetuned"):
+    for stage in (f"{name}/distilled", f"{name}/finetuned", "softmax/finetuned"):
         a, b = load_checkpoint(whole / stage / "last.pt"), load_checkpoint(parts / stage / "last.pt")
         assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
         assert log_rows(whole / stage / "log.csv") == log_rows(parts / stage / "log.csv")
@@ -563,7 +631,8 @@ def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path
     dict(attention="softmax"), dict(attention="softmax", tie_head=False), dict(attention="hedgehog"),
     dict(attention="t2r", tie_qk=True), dict(attention="hedgehog", bias=False, feature_bias=True),
     dict(attention="performer"), dict(attention="hedgehog", short_conv=3), dict(attention="softmax", short_conv=3),
-    dict(attention="hedgehog", learn_temperature=True), dict(attention="softmax", softmax_layers=1, window=4)])
+    dict(attention="hedgehog", learn_temperature=True), dict(attention="softmax", softmax_layers=1, window=4),
+    dict(attention="hedgehog_exp", hybrid_window=4, softmax_layers=1)])
 def test_an_exported_model_is_read_back_to_the_last_bit(tmp_path, options):
     model, idx = small_gpt(**options), torch.randint(256, (2, 32))
     export(model, tmp_path / "exported")
@@ -829,6 +898,9 @@ BAD_FLAGS = {
     "a convolution of less than nothing": (["--short-conv", "-1"], "--short-conv must be at least 0, got -1"),
     "a window of no layers": (["--window", "8"], "--window 8 is that of the first layers.*--softmax-layers"),
     "layers that are softmax anyway": (["--attention", "softmax", "--softmax-layers", "1"], "changes nothing"),
+    "a hybrid of nothing": (["--hybrid-window", "-1"], "hybrid_window=-1 must be at least 0"),
+    "a hybrid of softmax": (["--attention", "softmax", "--hybrid-window", "8"], "choose one of hedgehog,.*or no"),
+    "a hybrid with an unknown scale": (["--attention", "exp", "--hybrid-window", "8"], "exp beyond do not go together"),
     "no layer left to convert": (["--softmax-layers", "2"], "leaves none of the teacher's 2 layers to hedgehog"),
     "nothing to resume": (["--resume"], "no conversion at .*leave out --resume"),
 }
