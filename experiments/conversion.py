@@ -66,9 +66,10 @@ def table(rows):
 def variant_of(row, rows):
     """What was added to an attention, or left out, whatever the rates: "", ", undistilled", ..."""
     distilled = any(r["name"] == row["name"] and r["stage"] == "distilled" for r in rows)
-    learns = row["attention"] in LEARNED_MAPS
+    learns = row["attention"] in LEARNED_MAPS or row.get("hybrid_window")  # which has gates
     flags = [(row.get("short_conv"), "convolution of {}"), (row.get("softmax_layers"), "softmax in the first {}"),
-             (row.get("window"), "window {}"), (learns and not distilled, "undistilled")]
+             (row.get("window"), "window {}"), (row.get("hybrid_window"), "hybrid window {}"),
+             (learns and not distilled, "undistilled")]
     flags += [(row["options"].get(name), name.replace("_", " ")) for name in (
         "feature_bias", "tie_qk", "learn_temperature", "map_scale", "lora_rank")]
     return "".join(f", {text.format(value)}" for value, text in flags if value)
@@ -88,9 +89,9 @@ def draw(path):
     fig.get_layout_engine().set(hspace=0.08)
     bars(above, list(best), [row["ratio"] for row in best.values()], "test perplexity / the finetuned teacher's",
          form="{:.3f}", colors=[colors[row["attention"]] for row in best.values()])
-    for row in rows:  # all layers; maps that learn are drawn distilled, and those of the longest distillation
-        last = drawn.get(row["attention"], row)
-        if "kl" in row and not row.get("softmax_layers") and (row["stage"] == "distilled", row["tokens"]) >= (
+    for row in rows:  # without softmax anywhere; maps that learn are drawn after the longest distillation
+        last, softmax = drawn.get(row["attention"], row), row.get("softmax_layers") or row.get("hybrid_window")
+        if "kl" in row and not softmax and (row["stage"] == "distilled", row["tokens"]) >= (
                 last["stage"] == "distilled", last["tokens"]):
             drawn[row["attention"]] = row
     for kind, row in sorted(drawn.items(), key=lambda item: item[1]["mean_kl"]):
