@@ -214,6 +214,7 @@ def chunked(q, k, v, S, chunk_size):
 
 
 def few_chunks_at_once(q, k, v, S, chunk_size):
+    """`chunked` for a T of any length."""
     y = []
     for parts in zip(*(x.split(16 * chunk_size, dim=2) for x in (q, k, v))):              # N <= 16
         y_i, S = chunked(*parts, S, chunk_size)
