@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -617,3 +618,9 @@ def test_maps_of_another_teacher_or_text_are_refused(tmp_path):
         teacher.transformer.wte.weight[0, 0] += 1
     with pytest.raises(ValueError, match="another model"):
         students.remember(teacher, data, tmp_path / "maps")
+
+
+def test_every_file_can_be_imported_from_the_root_of_the_repository():
+    names = [path.stem for path in (ROOT / "experiments").glob("[!_]*.py") if not path.stem.startswith("convert_")]
+    code = f"import importlib\nfor name in {sorted(names, reverse=True)}: importlib.import_module('experiments.' + name)"
+    assert "students" in names and subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
