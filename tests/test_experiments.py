@@ -486,6 +486,23 @@ def given(teacher, tmp_path, steps):
                                        "--distill-steps", str(steps), "--device", "cpu"])
 
 
+def test_without_data_a_teachers_own_text_is_read(teacher, tmp_path, monkeypatch):
+    flags = ["--maps", str(tmp_path / "maps"), "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher / "run", tmp_path / "runs" / "tiny-softmax")
+    found = []
+    for run in ([str(teacher / "run")], [str(teacher / "run" / "last.pt")], []):
+        found.append(students.teacher_and_text(attention_properties.parse([*run, *flags]))[1]["meta"])
+    assert found == [json.loads((teacher / "data" / "meta.json").read_text())] * 3
+    gone = train_gpt.load_checkpoint(teacher / "run" / "best.pt")
+    gone["config"]["data"] = "gone"
+    torch.save(gone, "gone.pt")
+    with pytest.raises(ValueError, match="gone.pt was trained on the text in gone, which is not there: give --data"):
+        students.teacher_and_text(attention_properties.parse(["gone.pt", *flags]))
+    given = ["gone.pt", "--data", str(teacher / "data"), *flags]
+    assert students.teacher_and_text(attention_properties.parse(given))[1]["meta"] == found[0]
+
+
 def test_what_is_measured_is_what_the_teachers_attention_used(teacher, tmp_path):
     model, _, _ = students.teacher_and_text(given(teacher, tmp_path, 0))
     idx, attention, seen = torch.randint(100, (1, 32)), model.transformer.h[1].attn, []
