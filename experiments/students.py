@@ -89,7 +89,10 @@ def student(teacher, data, config, device, block_size=None, change=None, **optio
                              block_size=block_size or teacher.config.block_size)
         if stage.resume:
             saved = load_checkpoint(Path(stage.out) / "last.pt")["config"].items()
-            other = [f"{k}={v}" for k, v in saved if k not in MAY_CHANGE_ON_RESUME and getattr(stage, k) != v]
+            flags = dict(steps="--distill-steps", seed="--seed",
+                         lr="--distill-lr-t2r" if convert.attention == "t2r" else "--distill-lr")
+            other = [f"{flags.get(k, k)} {v}" for k, v in saved
+                     if k not in MAY_CHANGE_ON_RESUME and getattr(stage, k) != v]
             if other:
                 raise ValueError(f"maps in {stage.out} were distilled with {', '.join(other)}: choose another --maps")
         distill(model, data, stage, device, nullcontext(), tqdm.write)

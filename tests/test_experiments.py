@@ -443,9 +443,9 @@ def test_properties_of_every_map_are_measured(attentive, tmp_path, capsys):
     attention_properties.main(attention_properties.parse(flags))  # the distilled maps are read again, not made again
     again = json.loads(before)["rows"], json.loads(out.read_text())["rows"]
     assert again[0] == again[1]
-    with pytest.raises(ValueError, match="were distilled with lr=0.01"):
+    with pytest.raises(ValueError, match="were distilled with --distill-lr 0.01: choose"):
         attention_properties.main(attention_properties.parse([*flags, "--distill-lr", "0.5"]))
-    with pytest.raises(ValueError, match="t2r/distilled were distilled with lr=0.001: choose another --maps"):
+    with pytest.raises(ValueError, match="t2r/distilled were distilled with --distill-lr-t2r 0.001: choose another"):
         attention_properties.main(attention_properties.parse([*flags, "--distill-lr-t2r", "0.5"]))
 
 
@@ -529,7 +529,7 @@ def test_half_distilled_maps_are_finished_and_those_of_another_recipe_refused(te
     saved["state"]["step"] = 2  # as if it had been stopped there: one more step is due
     torch.save(saved, path)
     assert not torch.equal(maps(3), whole)
-    with pytest.raises(ValueError, match="were distilled with steps=3"):
+    with pytest.raises(ValueError, match="were distilled with --distill-steps 3: choose"):
         maps(5)
     find = students.load_teacher
 
