@@ -95,7 +95,7 @@ def student(teacher, data, config, device, block_size=None, change=None, **optio
                      if k not in MAY_CHANGE_ON_RESUME and getattr(stage, k) != v]
             if other:
                 raise ValueError(f"maps in {stage.out} were distilled with {', '.join(other)}: choose another --maps")
-        distill(model, data, stage, device, nullcontext(), tqdm.write)
+        distill(model, data, stage, device, nullcontext(), tqdm.write, "give the same command again")
     return model
 
 

@@ -541,6 +541,14 @@ def test_half_distilled_maps_are_finished_and_those_of_another_recipe_refused(te
         maps(3)
 
 
+def test_a_stopped_distillation_says_how_to_go_on(teacher, tmp_path, monkeypatch, capsys):
+    model, data, device = students.teacher_and_text(config := given(teacher, tmp_path, 3))
+    monkeypatch.setattr(convert_gpt2, "interrupts", lambda say: stop_after(2))
+    with pytest.raises(SystemExit):
+        students.student(model, data, config, device, attention="hedgehog")
+    assert "stopped after step 2, saved: give the same command again to go on" in capsys.readouterr().out
+
+
 @needs_matplotlib
 def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
     titles = []
