@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import GREY, draw_if_possible, figure, plt, save
+from common import GREY, draw_if_possible, figure, plt, ready, save
 from students import rate, read, student, students_parser, teacher_and_text, weights
 
 from data.prepare import load_tokenizer
@@ -106,6 +106,7 @@ def draw(path):
 
 
 def main(args):
+    out = ready(args.out)
     teacher, data, device = teacher_and_text(args)
     T, tokenizer = teacher.config.block_size, load_tokenizer(data["meta"]["tokenizer"])
     short = args.short or T // 4
@@ -126,14 +127,14 @@ def main(args):
                  **provenance(device))
     if models:
         found |= pictures(models, read(teacher, encode_prompt(tokenizer, args.text)[:, :T].to(device)))
-    save_json(Path(args.out), found)
+    save_json(out, found)
     print(table(rows))
     if models:
-        draw_if_possible(draw, Path(args.out))
+        draw_if_possible(draw, out)
 
 
 def parse(argv=None):
-    parser = students_parser(__doc__, "runs/maps-tiny", 1e-2, "experiments/results/attention_maps.json")
+    parser = students_parser(__doc__, "runs/maps-tiny", 1e-2, "runs/attention_maps.json")
     add = parser.add_argument
     add("--text", default=TEXT, help="what is read for the pictures")
     add("--other", default=argparse.__file__, help="a text of another kind: Python code by default")

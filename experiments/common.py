@@ -1,4 +1,4 @@
-"""What the experiments share: how their figures look, and the rows that a run goes on from.
+"""What the experiments share: how their figures look, where their rows go, and which a run goes on from.
 
 Import this module before those of the root folder, which it puts on the path: they are no installed package.
 """
@@ -6,6 +6,7 @@ Import this module before those of the root folder, which it puts on the path: t
 import json
 import re
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -77,6 +78,19 @@ def draw_if_possible(draw, path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
+
+
+def ready(out):
+    """--out as a Path whose folder is there and can be written. ValueError if not: before the work, not at its end."""
+    out = Path(out)
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out} must end in .json: it is a file of rows, and its figure ends in .png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as e:
+        raise ValueError(f"cannot write --out {out}: choose another, or mend its permissions ({e})") from None
+    return out
 
 
 def rows_so_far(path, settings, concerned=lambda row: True):

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from common import COLORS, GREY, draw_if_possible, figure, save
+from common import COLORS, GREY, draw_if_possible, figure, ready, save
 from tqdm import tqdm
 
 from convert_gpt2 import ConvertConfig, find_text, load_teacher, stage_config, swap
@@ -42,7 +42,7 @@ def draw(path):
 
 
 def main(args):
-    path = args.conversion / "config.json"
+    out, path = ready(args.out), args.conversion / "config.json"
     if not path.exists():
         raise ValueError(f"no conversion in {args.conversion}: make one with python convert_gpt2.py, or mend the path")
     config = ConvertConfig(**json.loads(path.read_text())["config"] | dict(
@@ -67,8 +67,8 @@ def main(args):
     found = dict(softmax=softmax, all=nats(range(n)) - softmax, rows=rows, attention=config.attention, tokens=len(text),
                  **provenance(device))
     print(f"softmax {softmax:.4f} nats; {config.attention} in all layers {found['all']:+.4f}")
-    save_json(Path(args.out), found)
-    draw_if_possible(draw, Path(args.out))
+    save_json(out, found)
+    draw_if_possible(draw, out)
 
 
 def parse(argv=None):
@@ -78,7 +78,7 @@ def parse(argv=None):
     add("conversion", type=Path, help="folder of a conversion: it holds config.json and distilled/")
     add("--tokens", type=int, default=0, help="of the validation text; 0: all")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    add("--out", default="experiments/results/convert/layers.json", help="the rows; the figure goes beside it")
+    add("--out", default="runs/layers.json", help="the rows; the figure goes beside it")
     return parser.parse_args(argv)
 
 

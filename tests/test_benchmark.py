@@ -128,6 +128,14 @@ def test_help_and_a_missing_gpu():
         assert failed.returncode == 2 and "sees no GPU" in failed.stderr
 
 
+def test_rows_go_to_runs_or_are_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    assert benchmark.parse([]).out == "runs/benchmark-cpu.json"
+    monkeypatch.setattr(benchmark, "measure", lambda *args: pytest.fail("it measures already"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write --out .*file/rows.json"):
+        benchmark.main([*TOY, "--out", str(tmp_path / "file" / "rows.json")])
+
+
 def test_rows_of_other_lengths_and_passes_are_kept(tmp_path):
     out = tmp_path / "rows.json"
     benchmark.main([*TOY, "--T", "16", "--decode", "--out", str(out)])

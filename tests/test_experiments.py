@@ -161,9 +161,28 @@ def test_rows_of_other_settings_are_refused_and_kept(tmp_path, capsys):
     assert "already" not in capsys.readouterr().out
 
 
-def test_a_run_in_a_fresh_clone_does_not_start_from_the_committed_rows():
-    out = Path(associative_recall.RecallConfig().out)
+EXPERIMENTS = {associative_recall: lambda argv: parse_config(associative_recall.RecallConfig, argv=argv),
+               layers: lambda argv: layers.parse(["nowhere", *argv]),
+               **{module: module.parse for module in (attention_maps, attention_properties, map_forms)}}
+
+
+@pytest.mark.parametrize("module", EXPERIMENTS, ids=lambda module: module.__name__)
+def test_the_committed_rows_are_neither_gone_on_from_nor_written_over(module):
+    out = Path(EXPERIMENTS[module]([]).out)
     assert out.parts[0] == "runs" and not (ROOT / out).is_relative_to(common.RESULTS)
+
+
+@pytest.mark.parametrize("module", EXPERIMENTS, ids=lambda module: module.__name__)
+def test_an_out_that_cannot_be_written_is_told_before_the_work(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for work in {"run", "teacher_and_text", "load_teacher"} & vars(module).keys():
+        monkeypatch.setattr(module, work, lambda *args, **kwargs: pytest.fail("the work has begun"))
+    Path("README.md").write_text("mine")
+    for out, sentence in (("README.md/rows.json", "cannot write --out README.md/rows.json: choose another"),
+                          ("README.md", "must end in .json"), (".", "must end in .json")):
+        with pytest.raises(ValueError, match=sentence):
+            module.main(EXPERIMENTS[module](["--out", out]))
+    assert Path("README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_error_in_another_process_ends_the_run(tmp_path):
