@@ -313,7 +313,11 @@ def test_conversions_are_collected_with_ratios_curves_and_a_table(converted, tmp
     assert len(json.loads((out / "summary.json").read_text())) == len(again)              # what was there is kept
     (other / "summary.json").write_text(json.dumps([found["elu", "swapped"]]))
     with pytest.raises(ValueError, match="both hold elu: give one of them a --name"):
-        conversion.main([converted, other], out)
+        conversion.main([converted, other], tmp_path / "refused")
+    (other / "summary.json").write_text(json.dumps([found["elu", "finetuned"] | dict(name="fast")]))
+    with pytest.raises(ValueError, match="missing: .*/fast/finetuned/log.csv: finish the conversion"):
+        conversion.main([converted, other], tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 @needs_matplotlib
