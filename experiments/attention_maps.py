@@ -107,16 +107,18 @@ def draw(path):
 
 def main(args):
     out = ready(args.out)
+    if not args.text:
+        raise ValueError("--text is empty: give at least one character")
     teacher, data, device = teacher_and_text(args)
     T, tokenizer = teacher.config.block_size, load_tokenizer(data["meta"]["tokenizer"])
     short = args.short or T // 4
+    if not 1 <= short <= T:
+        raise ValueError(f"--short {short} must be at least 1 and at most {T}, the teacher's block size")
     other = np.array(tokenizer.encode(Path(args.other).read_text(encoding="utf-8")))
     texts = {"training": data["train"], "held out": data["valid"], "other": other}
     maps = {} if args.contexts_only else MAPS
     models = {name: student(teacher, data, args, device, **options) for name, options in maps.items()}
-    rows = []
-    for name, model in models.items():
-        rows += measure(args, name, model, texts, T, T, device)
+    rows = [row for name, model in models.items() for row in measure(args, name, model, texts, T, T, device)]
     contexts = [short * 2 ** i for i in range(20) if short * 2 ** i <= T]
     for name in ("hedgehog after", "hedgehog_exp after", "t2r after", "elu"):
         options = MAPS[name] | dict(name=f"{MAPS[name]['attention']}-{short}", distill_batch_size=max(1, 2048 // short))

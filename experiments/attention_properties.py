@@ -16,7 +16,7 @@ from students import rate, read, scores, student, students_parser, teacher_and_t
 from tqdm import tqdm
 
 from hedgehog import LEARNED_MAPS
-from train_gpt import cli, provenance, save_json
+from train_gpt import check_least, cli, provenance, save_json
 
 MAPS = {f"{kind}, distilled": dict(attention=kind) for kind in LEARNED_MAPS}
 MAPS |= {f"{kind}, not distilled": dict(attention=kind, distill_steps=0) for kind in LEARNED_MAPS}
@@ -93,6 +93,7 @@ def draw(path):
 
 def main(args):
     out = ready(args.out)
+    check_least(args, blocks=1)
     teacher, data, device = teacher_and_text(args)
     T, valid = teacher.config.block_size, data["valid"]
     starts = np.linspace(0, len(valid) - T, args.blocks).astype(int)

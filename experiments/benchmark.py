@@ -21,7 +21,6 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import multiprocessing
 import os
 import statistics
@@ -30,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import ready
+from common import read_rows, ready
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -489,6 +488,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     out = ready(args.out)
+    before = read_rows(out)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)       # for fast_transformers, which brings its own OpenMP
     torch.set_num_threads(args.threads)
     common = {"H": args.heads, "D": args.dim, "dtype": args.dtype, "threads": args.threads,
@@ -502,7 +502,6 @@ def main(argv=None):
         kept = [r for r in before if (r["T"], r["pass"]) not in measured]
         save_json(out, sorted(kept + rows, key=lambda r: ("forward" not in r["pass"], r["T"])))
 
-    before = json.loads(out.read_text()) if out.exists() else []
     # flash-linear-attention's autotuner does not know of T: on CUDA every T gets a fresh process.
     fresh = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) if args.device == "cuda" else None
     with fresh or contextlib.nullcontext():

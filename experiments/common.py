@@ -93,10 +93,21 @@ def ready(out):
     return out
 
 
+def read_rows(path):
+    """The rows of a file, none if it is not there. ValueError if it holds anything else."""
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+    except ValueError:  # of JSON, or of a text at all
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no table of rows: choose another, or mend the path")
+    return rows
+
+
 def rows_so_far(path, settings, concerned=lambda row: True):
     """The rows that an earlier run left in path. ValueError if those concerned are of other settings: a table holds one
     setting."""
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_rows(path)
     settings = json.loads(json.dumps(settings))  # tuples are lists in a file
     found = {f"{flag(k)} {row.get(k)}": flag(k) for k, v in settings.items() for row in rows
              if concerned(row) and row.get(k) != v}

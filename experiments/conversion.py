@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from common import COLORS, GREY, RESULTS, bars, draw_if_possible, figure, save
+from common import COLORS, GREY, RESULTS, bars, draw_if_possible, figure, read_rows, save
 from wikitext103 import departures, need_summaries, number
 
 from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio
@@ -108,7 +108,7 @@ def draw(path):
 def main(folders, out):
     path, new, curves = out / "summary.json", [], {}
     for folder in folders:
-        for row in json.loads((folder / "summary.json").read_text()):
+        for row in read_rows(folder / "summary.json"):
             if any((r["name"], r["stage"], r["tokens"]) == (row["name"], row["stage"], row["tokens"]) for r in new):
                 if row["stage"] == "teacher":                                             # each folder has it
                     continue
@@ -121,8 +121,7 @@ def main(folders, out):
                 if row["stage"] == stage and row["tokens"]:
                     curves[out / f"{row['name']}{ending}.csv"] = folder / row["name"] / stage / "log.csv"
     replaced = {row["name"] for row in new}
-    rows = [row for row in (json.loads(path.read_text()) if path.exists() else []) if row["name"] not in replaced]
-    rows += new
+    rows = [row for row in read_rows(path) if row["name"] not in replaced] + new
     rows = [row | dict(ratio=ratio(row, rows)) for row in rows]
     lost = [str(log) for log in curves.values() if not log.exists()]
     if lost:

@@ -42,11 +42,14 @@ def draw(path):
 
 
 def main(args):
-    out, path = ready(args.out), args.conversion / "config.json"
-    if not path.exists():
-        raise ValueError(f"no conversion in {args.conversion}: make one with python convert_gpt2.py, or mend the path")
-    config = ConvertConfig(**json.loads(path.read_text())["config"] | dict(
-        maps=str(args.conversion / "distilled" / "last.pt"), device=args.device))
+    out, maps = ready(args.out), args.conversion / "distilled" / "last.pt"
+    if not maps.exists():  # a run of train_gpt.py has a config.json, too
+        raise ValueError(f"no conversion in {args.conversion}, or none with distilled maps: make one with python "
+                         "convert_gpt2.py, or mend the path")
+    if args.tokens < 0 or args.tokens == 1:
+        raise ValueError(f"--tokens must be 0, for all, or at least 2, got {args.tokens}")
+    config = ConvertConfig(**json.loads((args.conversion / "config.json").read_text())["config"] | dict(
+        maps=str(maps), device=args.device))
     if config.softmax_layers:
         raise ValueError(f"{args.conversion} keeps softmax in its first layers: give a conversion of all layers")
     device, dtype, _ = pick_device(config.device, config.dtype)

@@ -396,6 +396,21 @@ def test_either_form_of_the_map_for_queries_and_for_keys(attentive, tmp_path):
         assert (tmp_path / "forms.png").exists()
 
 
+def test_flags_that_cannot_be_are_told_in_a_sentence(attentive, converted, tmp_path):
+    maps, conversion = [*attentive, "--maps", str(tmp_path / "maps")], [str(converted / "hedgehog"), "--device", "cpu"]
+    for module, flags, sentence in (
+            (attention_maps, [*maps, "--short", "33"], "--short 33 must be at least 1 and at most 32, the teacher's"),
+            (attention_maps, [*maps, "--short", "-1"], "--short -1 must be at least 1"),
+            (attention_maps, [*maps, "--text", ""], "--text is empty"),
+            (attention_properties, [*maps, "--blocks", "0"], "--blocks must be at least 1, got 0"),
+            (layers, [*conversion, "--tokens", "-5"], "--tokens must be 0, for all, or at least 2, got -5"),
+            (layers, [*conversion, "--tokens", "1"], "--tokens must be 0"),
+            (layers, attentive[:1], "no conversion in .*attentive, or none with distilled maps: make one")):
+        with pytest.raises(ValueError, match=sentence):
+            module.main(module.parse([*flags, "--out", str(tmp_path / "rows.json")]))
+    assert not list(tmp_path.glob("maps/*/"))                                             # nothing was distilled first
+
+
 # ---------------------------------------------------------------- properties and pictures
 
 
@@ -656,6 +671,18 @@ def test_rows_are_refused_for_settings_of_their_own_table_alone(tmp_path):
         common.rows_so_far(path, dict(lr=1, layers=(1, 2)))
 
 
+@pytest.mark.parametrize("text", ['{"rows": []}', "[1]", "# A page", "\udcff"])
+def test_what_holds_no_rows_is_neither_gone_on_from_nor_written_over(text, converted, tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text(text, errors="surrogateescape")
+    before = path.read_bytes()
+    for main in (lambda: recall(SMALL, path), lambda: conversion.main([converted], tmp_path),
+                 lambda: conversion.main([tmp_path], tmp_path / "new"), lambda: wikitext103.main([], tmp_path)):
+        with pytest.raises(ValueError, match="summary.json holds no table of rows: choose another, or mend the path"):
+            main()
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_maps_of_another_teacher_or_text_are_refused(tmp_path):
     teacher, data = GPT(GPTConfig(8, 16, 1, 1, 8)), dict(meta=dict(name="a text"))
     students.remember(teacher, data, tmp_path / "maps")
@@ -670,5 +697,5 @@ def test_maps_of_another_teacher_or_text_are_refused(tmp_path):
 
 def test_every_file_can_be_imported_from_the_root_of_the_repository():
     names = [path.stem for path in (ROOT / "experiments").glob("[!_]*.py") if not path.stem.startswith("convert_")]
-    code = f"import importlib\nfor name in {sorted(names, reverse=True)}: importlib.import_module('experiments.' + name)"
+    code = f"import importlib\nfor name in {names}: importlib.import_module('experiments.' + name)"
     assert "students" in names and subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
