@@ -330,8 +330,9 @@ def load_maps(model, path):
     return checkpoint
 
 
-def distill(model, data, config, device, autocast, say):
+def distill(model, data, config, device, autocast, say, how="add --resume to the command"):
     """Train the maps of `model`, in place, as `config` (a TrainConfig) says. Returns (seconds, final faithfulness).
+    `how` one goes on after Ctrl-C is what the caller knows.
 
     Writes log.csv and last.pt, which holds the maps alone, into config.out.
     """
@@ -385,7 +386,7 @@ def distill(model, data, config, device, autocast, say):
             bar.update()
             if received:
                 save()
-                say(f"stopped after step {step + 1}, saved: add --resume to the command to go on")
+                say(f"stopped after step {step + 1}, saved: {how} to go on")
                 raise SystemExit(130)
     model.requires_grad_(True)
     return state["seconds"], report

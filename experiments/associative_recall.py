@@ -23,9 +23,8 @@ import queue
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
-from common import GREY, color, draw_if_possible, figure, rows_so_far, save
+from common import GREY, color, draw_if_possible, figure, ready, rows_so_far, save
 from recall_task import RESULTS, VARIANTS, run, with_means
 from tqdm import tqdm
 
@@ -102,7 +101,7 @@ def draw(path):
 def main(config):
     machine = ("attention", "seeds", "device", "workers", "out")
     setting = {key: value for key, value in asdict(config).items() if key not in machine}
-    out, about = Path(config.out), setting | provenance(pick_device(config.device, "float32")[0])
+    out, about = ready(config.out), setting | provenance(pick_device(config.device, "float32")[0])
     rows = [row for row in rows_so_far(out, setting) if row["seed"] != "mean"]
     done = {(row["attention"], row["seed"]) for row in rows}                              # by a run that was stopped
     names = list(VARIANTS) if config.attention == "all" else [config.attention]
@@ -110,7 +109,6 @@ def main(config):
     if not wanted:
         print(f"every row is in {out} already: choose another --out to run them again")
     teachers = sorted({seed for name, seed in wanted})
-    out.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn").Pool(config.workers) if config.workers > 1 else nullcontext()
     trained = queue.SimpleQueue()                                                         # (seed, softmax model)
 

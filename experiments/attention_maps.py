@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import GREY, draw_if_possible, figure, plt, save
+from common import GREY, draw_if_possible, figure, plt, ready, save
 from students import rate, read, student, students_parser, teacher_and_text, weights
 
 from data.prepare import load_tokenizer
@@ -106,16 +106,19 @@ def draw(path):
 
 
 def main(args):
+    out = ready(args.out)
+    if not args.text:
+        raise ValueError("--text is empty: give at least one character")
     teacher, data, device = teacher_and_text(args)
     T, tokenizer = teacher.config.block_size, load_tokenizer(data["meta"]["tokenizer"])
     short = args.short or T // 4
+    if not 1 <= short <= T:
+        raise ValueError(f"--short {short} must be at least 1 and at most {T}, the teacher's block size")
     other = np.array(tokenizer.encode(Path(args.other).read_text(encoding="utf-8")))
     texts = {"training": data["train"], "held out": data["valid"], "other": other}
     maps = {} if args.contexts_only else MAPS
     models = {name: student(teacher, data, args, device, **options) for name, options in maps.items()}
-    rows = []
-    for name, model in models.items():
-        rows += measure(args, name, model, texts, T, T, device)
+    rows = [row for name, model in models.items() for row in measure(args, name, model, texts, T, T, device)]
     contexts = [short * 2 ** i for i in range(20) if short * 2 ** i <= T]
     for name in ("hedgehog after", "hedgehog_exp after", "t2r after", "elu"):
         options = MAPS[name] | dict(name=f"{MAPS[name]['attention']}-{short}", distill_batch_size=max(1, 2048 // short))
@@ -126,14 +129,14 @@ def main(args):
                  **provenance(device))
     if models:
         found |= pictures(models, read(teacher, encode_prompt(tokenizer, args.text)[:, :T].to(device)))
-    save_json(Path(args.out), found)
+    save_json(out, found)
     print(table(rows))
     if models:
-        draw_if_possible(draw, Path(args.out))
+        draw_if_possible(draw, out)
 
 
 def parse(argv=None):
-    parser = students_parser(__doc__, "runs/maps-tiny", 1e-2, "experiments/results/attention_maps.json")
+    parser = students_parser(__doc__, "runs/maps-tiny", 1e-2, "runs/attention_maps.json")
     add = parser.add_argument
     add("--text", default=TEXT, help="what is read for the pictures")
     add("--other", default=argparse.__file__, help="a text of another kind: Python code by default")

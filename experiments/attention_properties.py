@@ -8,16 +8,15 @@ distilled on the training text first (once: they are kept in --maps).
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
-from common import GREY, bars, color, draw_if_possible, figure, save
+from common import GREY, bars, color, draw_if_possible, figure, ready, save
 from students import rate, read, scores, student, students_parser, teacher_and_text, weights
 from tqdm import tqdm
 
 from hedgehog import LEARNED_MAPS
-from train_gpt import cli, provenance, save_json
+from train_gpt import check_least, cli, provenance, save_json
 
 MAPS = {f"{kind}, distilled": dict(attention=kind) for kind in LEARNED_MAPS}
 MAPS |= {f"{kind}, not distilled": dict(attention=kind, distill_steps=0) for kind in LEARNED_MAPS}
@@ -93,6 +92,8 @@ def draw(path):
 
 
 def main(args):
+    out = ready(args.out)
+    check_least(args, blocks=1)
     teacher, data, device = teacher_and_text(args)
     T, valid = teacher.config.block_size, data["valid"]
     starts = np.linspace(0, len(valid) - T, args.blocks).astype(int)
@@ -106,13 +107,13 @@ def main(args):
         rows += [dict(map=name, distill_lr=rate(args, **options), **row) for row in (*found, mean)]
         tqdm.write(f"{name:28} entropy {mean['entropy']:.3f} nats, {mean['entropy_gap']:+.3f} from softmax's, "
                    f"rank correlation with q.k {mean['rank_correlation']:.3f}")
-    save_json(Path(args.out), dict(rows=rows, curves=curves, blocks=args.blocks, block_size=T, seed=args.seed,
-                                   distill_steps=args.distill_steps, **provenance(device)))
-    draw_if_possible(draw, Path(args.out))
+    save_json(out, dict(rows=rows, curves=curves, blocks=args.blocks, block_size=T, seed=args.seed,
+                        distill_steps=args.distill_steps, **provenance(device)))
+    draw_if_possible(draw, out)
 
 
 def parse(argv=None):
-    parser = students_parser(__doc__, "runs/maps-tiny", 1e-2, "experiments/results/attention_properties.json")
+    parser = students_parser(__doc__, "runs/maps-tiny", 1e-2, "runs/attention_properties.json")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of held-out text")
     return parser.parse_args(argv)
 

@@ -1,7 +1,7 @@
 """Time and memory of linear attention beside softmax attention and other libraries, map included, in one run.
 
-    python experiments/benchmark.py                    # CPU, float32, 2 threads: experiments/results/benchmark-cpu.json
-    python experiments/benchmark.py --device cuda      # bfloat16: experiments/results/benchmark-cuda.json
+    python experiments/benchmark.py                    # CPU, float32, 2 threads: runs/benchmark-cpu.json
+    python experiments/benchmark.py --device cuda      # bfloat16: runs/benchmark-cuda.json
 
 Writes a list of rows, one for each form, T and pass. "forward" runs without gradients; "forward+backward" gives the
 gradients of q, k, v and of the maps' weights. All forms at one T take turns, so that a drift of the machine hits all
@@ -21,23 +21,20 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import read_rows, ready
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # hedgehog.py lies there, and is not an installed package
-from hedgehog import GPT, GPTConfig, LinearAttention  # noqa: E402
-from train_gpt import provenance, save_json, utilisation  # noqa: E402
+from hedgehog import GPT, GPTConfig, LinearAttention
+from train_gpt import cli, provenance, save_json, utilisation
 
 MIB = 2**20
 # Whose ratios are printed at the end.
@@ -471,8 +468,7 @@ def parse(argv):
     add("--train-layers", type=int, default=12)
     add("--train-vocabulary", type=int, default=50304, help="GPT-2's 50257 on a multiple of 64 (default: %(default)s)")
     add("--train-steps", type=int, default=15, help="turns of every model")
-    add("--out", type=Path, help="default: experiments/results/benchmark-DEVICE.json; what it holds of other lengths "
-        "and passes is kept")
+    add("--out", help="default: runs/benchmark-DEVICE.json; what it holds of other lengths and passes is kept")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no GPU here")
@@ -485,12 +481,14 @@ def parse(argv):
     args.decode = ([100, 1000, 10000] if cpu else [1000, 4000, 16000, 64000]) if args.decode is None else args.decode
     args.decode_batch = args.decode_batch or ([1] if cpu else [1, 64])
     args.dtype = "float32" if cpu else "bfloat16"
-    args.out = args.out or ROOT / f"experiments/results/benchmark-{args.device}.json"
+    args.out = args.out or f"runs/benchmark-{args.device}.json"
     return args
 
 
 def main(argv=None):
     args = parse(argv)
+    out = ready(args.out)
+    before = read_rows(out)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)       # for fast_transformers, which brings its own OpenMP
     torch.set_num_threads(args.threads)
     common = {"H": args.heads, "D": args.dim, "dtype": args.dtype, "threads": args.threads,
@@ -502,10 +500,8 @@ def main(argv=None):
         measured = {(r["T"], r["pass"]) for r in (*rows, *new)}
         rows.extend(new)
         kept = [r for r in before if (r["T"], r["pass"]) not in measured]
-        save_json(args.out, sorted(kept + rows, key=lambda r: ("forward" not in r["pass"], r["T"])))
+        save_json(out, sorted(kept + rows, key=lambda r: ("forward" not in r["pass"], r["T"])))
 
-    before = json.loads(args.out.read_text()) if args.out.exists() else []
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     # flash-linear-attention's autotuner does not know of T: on CUDA every T gets a fresh process.
     fresh = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) if args.device == "cuda" else None
     with fresh or contextlib.nullcontext():
@@ -518,8 +514,8 @@ def main(argv=None):
     if args.decode:
         for batch in args.decode_batch:
             add(measure_decoding(batch, args, common))
-    print(table(rows), *findings(rows), f"written to {args.out}", sep="\n")
+    print(table(rows), *findings(rows), f"written to {out}", sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli(main, out_of_memory="lower --tokens, or leave the largest --T out")

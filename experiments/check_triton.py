@@ -30,8 +30,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the top-level files are not an installed package
 from hedgehog import FUSED_MAPS, LinearAttention, divide, safe_exp  # noqa: E402
-from hedgehog_triton import fused_attention  # noqa: E402
 from train_gpt import provenance, save_json  # noqa: E402
+
+if torch.cuda.is_available():  # PyTorch's CPU build has no Triton; that there is no GPU is told at the end of the file
+    from hedgehog_triton import fused_attention
 
 NAMES = ("y", "state", "dq", "dk", "dv", "dwq", "dwk", "dbq", "dbk", "dstate")
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -281,6 +283,8 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=4, help="processes, which compile at the same time")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "triton-check.json")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU here, on which the kernels are to be checked")
     if options.small:
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when the first tensor is made
         rows = check_all(small_cases())

@@ -1,4 +1,4 @@
-"""What the experiments share: how their figures look, and the rows that a run goes on from.
+"""What the experiments share: how their figures look, where their rows go, and which a run goes on from.
 
 Import this module before those of the root folder, which it puts on the path: they are no installed package.
 """
@@ -6,6 +6,7 @@ Import this module before those of the root folder, which it puts on the path: t
 import json
 import re
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -79,10 +80,34 @@ def draw_if_possible(draw, path):
 # Rows
 
 
+def ready(out):
+    """--out as a Path whose folder is there and can be written. ValueError if not: before the work, not at its end."""
+    out = Path(out)
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out} must end in .json: it is a file of rows, and its figure ends in .png")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as e:
+        raise ValueError(f"cannot write --out {out}: choose another, or mend its permissions ({e})") from None
+    return out
+
+
+def read_rows(path):
+    """The rows of a file, none if it is not there. ValueError if it holds anything else."""
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+    except ValueError:  # of JSON, or of a text at all
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no table of rows: choose another, or mend the path")
+    return rows
+
+
 def rows_so_far(path, settings, concerned=lambda row: True):
     """The rows that an earlier run left in path. ValueError if those concerned are of other settings: a table holds one
     setting."""
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_rows(path)
     settings = json.loads(json.dumps(settings))  # tuples are lists in a file
     found = {f"{flag(k)} {row.get(k)}": flag(k) for k, v in settings.items() for row in rows
              if concerned(row) and row.get(k) != v}

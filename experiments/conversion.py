@@ -13,12 +13,12 @@ import json
 import shutil
 from pathlib import Path
 
-from common import COLORS, GREY, RESULTS, bars, draw_if_possible, figure, save
+from common import COLORS, GREY, RESULTS, bars, draw_if_possible, figure, read_rows, save
 from wikitext103 import departures, need_summaries, number
 
 from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio
 from hedgehog import LEARNED_MAPS
-from train_gpt import save_json
+from train_gpt import cli, save_json
 
 SAID_ELSEWHERE = MAY_CHANGE | {"teacher", "attention", "seed"}
 
@@ -107,11 +107,9 @@ def draw(path):
 
 
 def main(folders, out):
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "summary.json"
-    new = []
+    path, new, curves = out / "summary.json", [], {}
     for folder in folders:
-        for row in json.loads((folder / "summary.json").read_text()):
+        for row in read_rows(folder / "summary.json"):
             if any((r["name"], r["stage"], r["tokens"]) == (row["name"], row["stage"], row["tokens"]) for r in new):
                 if row["stage"] == "teacher":                                             # each folder has it
                     continue
@@ -121,13 +119,17 @@ def main(folders, out):
                 extra["mean_kl"] = mean_of_layers(row["kl"], row.get("softmax_layers", 0))
             new.append(row | extra)
             for stage, ending in (("distilled", "-distilled"), ("finetuned", "")):
-                log = folder / row["name"] / stage / "log.csv"
                 if row["stage"] == stage and row["tokens"]:
-                    shutil.copy(log, out / f"{row['name']}{ending}.csv")
+                    curves[out / f"{row['name']}{ending}.csv"] = folder / row["name"] / stage / "log.csv"
     replaced = {row["name"] for row in new}
-    rows = [row for row in (json.loads(path.read_text()) if path.exists() else []) if row["name"] not in replaced]
-    rows += new
+    rows = [row for row in read_rows(path) if row["name"] not in replaced] + new
     rows = [row | dict(ratio=ratio(row, rows)) for row in rows]
+    lost = [str(log) for log in curves.values() if not log.exists()]
+    if lost:
+        raise ValueError(f"missing: {', '.join(lost)}: finish the conversion, or mend the folder")
+    out.mkdir(parents=True, exist_ok=True)  # only now: folders that are refused leave no trace
+    for curve, log in curves.items():
+        shutil.copy(log, curve)
     save_json(path, rows)
     if any(row["stage"] == "finetuned" for row in rows):
         draw_if_possible(draw, path)
@@ -140,4 +142,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=RESULTS / "convert", help="folder of the results")
     args = parser.parse_args()
     need_summaries(parser, args.folders, "--out of convert_gpt2.py")
-    main(**vars(args))
+    cli(lambda: main(**vars(args)))

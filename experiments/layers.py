@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from common import COLORS, GREY, draw_if_possible, figure, save
+from common import COLORS, GREY, draw_if_possible, figure, ready, save
 from tqdm import tqdm
 
 from convert_gpt2 import ConvertConfig, find_text, load_teacher, stage_config, swap
@@ -42,11 +42,14 @@ def draw(path):
 
 
 def main(args):
-    path = args.conversion / "config.json"
-    if not path.exists():
-        raise ValueError(f"no conversion in {args.conversion}: make one with python convert_gpt2.py, or mend the path")
-    config = ConvertConfig(**json.loads(path.read_text())["config"] | dict(
-        maps=str(args.conversion / "distilled" / "last.pt"), device=args.device))
+    out, maps = ready(args.out), args.conversion / "distilled" / "last.pt"
+    if not maps.exists():  # a run of train_gpt.py has a config.json, too
+        raise ValueError(f"no conversion in {args.conversion}, or none with distilled maps: make one with python "
+                         "convert_gpt2.py, or mend the path")
+    if args.tokens < 0 or args.tokens == 1:
+        raise ValueError(f"--tokens must be 0, for all, or at least 2, got {args.tokens}")
+    config = ConvertConfig(**json.loads((args.conversion / "config.json").read_text())["config"] | dict(
+        maps=str(maps), device=args.device))
     if config.softmax_layers:
         raise ValueError(f"{args.conversion} keeps softmax in its first layers: give a conversion of all layers")
     device, dtype, _ = pick_device(config.device, config.dtype)
@@ -67,8 +70,8 @@ def main(args):
     found = dict(softmax=softmax, all=nats(range(n)) - softmax, rows=rows, attention=config.attention, tokens=len(text),
                  **provenance(device))
     print(f"softmax {softmax:.4f} nats; {config.attention} in all layers {found['all']:+.4f}")
-    save_json(Path(args.out), found)
-    draw_if_possible(draw, Path(args.out))
+    save_json(out, found)
+    draw_if_possible(draw, out)
 
 
 def parse(argv=None):
@@ -78,7 +81,7 @@ def parse(argv=None):
     add("conversion", type=Path, help="folder of a conversion: it holds config.json and distilled/")
     add("--tokens", type=int, default=0, help="of the validation text; 0: all")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    add("--out", default="experiments/results/convert/layers.json", help="the rows; the figure goes beside it")
+    add("--out", default="runs/layers.json", help="the rows; the figure goes beside it")
     return parser.parse_args(argv)
 
 

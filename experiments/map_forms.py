@@ -11,10 +11,9 @@ divergence from softmax's weights, in nats, on held-out text, by layer.
 import json
 from contextlib import nullcontext
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
-from common import COLORS, draw_if_possible, figure, save
+from common import COLORS, draw_if_possible, figure, ready, save
 from students import student, students_parser, teacher_and_text
 from tqdm import tqdm
 
@@ -49,6 +48,7 @@ def draw(path):
 
 
 def main(args):
+    out = ready(args.out)
     teacher, data, device = teacher_and_text(args)
     held_out, rows = SimpleNamespace(block_size=teacher.config.block_size, batch_size=8), []
     for q, k in tqdm(tuple(product(FORMS, repeat=2)), unit="pair", disable=None):
@@ -56,14 +56,13 @@ def main(args):
         kl = faithfulness(model, data["valid"], held_out, device, nullcontext())["kl"]
         rows.append(dict(q=q, k=k, kl=kl, mean=sum(kl) / len(kl)))
         tqdm.write(f"q {q:6}  k {k:6}  KL {rows[-1]['mean']:.3f}, by layer " + " ".join(f"{x:.3f}" for x in kl))
-    save_json(Path(args.out), dict(rows=rows, distill_steps=args.distill_steps, distill_lr=args.distill_lr,
-                                   seed=args.seed, **provenance(device)))
-    draw_if_possible(draw, Path(args.out))
+    save_json(out, dict(rows=rows, distill_steps=args.distill_steps, distill_lr=args.distill_lr, seed=args.seed,
+                        **provenance(device)))
+    draw_if_possible(draw, out)
 
 
 def parse(argv=None):
-    parser = students_parser(__doc__, "runs/map-forms", 3e-2, "experiments/results/map_forms.json", t2r=False)
-    return parser.parse_args(argv)
+    return students_parser(__doc__, "runs/map-forms", 3e-2, "runs/map_forms.json", t2r=False).parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -105,4 +105,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "triton-ncu.json")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)  # what runs under ncu
-    main(parser.parse_args())
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU here, on which the kernels are to be profiled")
+    main(options)

@@ -30,7 +30,7 @@ def students_parser(doc, maps, distill_lr, out, t2r=True):
     add = parser.add_argument
     add("teacher", nargs="?", default="", metavar="CHECKPOINT",
         help="softmax run of train_gpt.py; runs/tiny-softmax if it is left out")
-    add("--data", default="", help="folder made by data/prepare.py; empty: data/pydoc, made on the fly")
+    add("--data", default="", help="folder made by data/prepare.py; empty: the one that the checkpoint was trained on")
     add("--maps", default=maps, help="distilled maps are read from here, or made and kept here")
     add("--distill-steps", type=int, default=400, help="optimizer steps of a distillation")
     add("--distill-lr", type=float, default=distill_lr, help="its peak learning rate")
@@ -44,14 +44,25 @@ def students_parser(doc, maps, distill_lr, out, t2r=True):
 
 
 def teacher_and_text(config):
-    """(softmax GPT in eval mode on its device, the text, device): as convert_gpt2.py finds them. ValueError if --maps
-    holds maps of others."""
+    """(softmax GPT in eval mode on its device, the text, device): as convert_gpt2.py finds them, but without --data the
+    teacher's own text. ValueError if --maps holds maps of others."""
     device = pick_device(config.device, "float32")[0]
-    convert = ConvertConfig(teacher=config.teacher, data=config.data, device=config.device)
+    convert = ConvertConfig(teacher=config.teacher, device=config.device)
     teacher, tokenizer = load_teacher(convert)
+    config.data = convert.data = config.data or text_of(config.teacher or "runs/tiny-softmax")
     data = find_text(stage_config(convert, teacher, "distilled"), teacher, tokenizer)
     remember(teacher, data, Path(config.maps))
     return teacher.to(device).eval(), data, device
+
+
+def text_of(checkpoint):
+    """The folder of the text that a run of train_gpt.py learned; "", data/pydoc, if it was that or none is known."""
+    path = Path(checkpoint)
+    path = path if path.suffix == ".pt" else path / "best.pt"
+    folder = load_checkpoint(path)["config"]["data"] if path.exists() else ""
+    if folder and not Path(folder).exists():
+        raise ValueError(f"{path} was trained on the text in {folder}, which is not there: give --data")
+    return folder
 
 
 def rate(config, attention, distill_steps=None, **options):
@@ -78,10 +89,13 @@ def student(teacher, data, config, device, block_size=None, change=None, **optio
                              block_size=block_size or teacher.config.block_size)
         if stage.resume:
             saved = load_checkpoint(Path(stage.out) / "last.pt")["config"].items()
-            other = [f"{k}={v}" for k, v in saved if k not in MAY_CHANGE_ON_RESUME and getattr(stage, k) != v]
+            flags = dict(steps="--distill-steps", seed="--seed",
+                         lr="--distill-lr-t2r" if convert.attention == "t2r" else "--distill-lr")
+            other = [f"{flags.get(k, k)} {v}" for k, v in saved
+                     if k not in MAY_CHANGE_ON_RESUME and getattr(stage, k) != v]
             if other:
                 raise ValueError(f"maps in {stage.out} were distilled with {', '.join(other)}: choose another --maps")
-        distill(model, data, stage, device, nullcontext(), tqdm.write)
+        distill(model, data, stage, device, nullcontext(), tqdm.write, "give the same command again")
     return model
 
 

@@ -14,9 +14,9 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from common import RESULTS, bars, color, draw_if_possible, figure, save
+from common import RESULTS, bars, color, draw_if_possible, figure, read_rows, save
 
-from train_gpt import MAY_CHANGE_ON_RESUME, PRESETS, TrainConfig, save_json
+from train_gpt import MAY_CHANGE_ON_RESUME, PRESETS, TrainConfig, cli, save_json
 
 # Test perplexity after 100 epochs of WikiText-103. Of Hedgehog's two forms, the paper does not say which this one is.
 PAPER = {"softmax": 18.6, "hedgehog": 20.8, "hedgehog_exp": 20.8, "elu": 25.6, "performer": 26.8}
@@ -118,7 +118,7 @@ def need_summaries(parser, folders, what):
 def main(runs, out, commit=None):
     out.mkdir(parents=True, exist_ok=True)
     path = out / "summary.json"
-    rows = {r["name"]: r for r in (json.loads(path.read_text()) if path.exists() else [])}
+    rows = {r["name"]: r for r in read_rows(path)}
     for run in runs:
         rows |= {(new := row(run, commit))["name"]: new}
         shutil.copy(run / "log.csv", out / f"{new['name']}.csv")
@@ -136,4 +136,4 @@ if __name__ == "__main__":
     parser.add_argument("--commit", help="of the runs that were made where there was no git")
     args = parser.parse_args()
     need_summaries(parser, args.runs, "finished run of train_gpt.py")
-    main(**vars(args))
+    cli(lambda: main(**vars(args)))

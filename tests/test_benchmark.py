@@ -123,9 +123,22 @@ def test_a_wrong_form_is_not_timed():
 def test_help_and_a_missing_gpu():
     run = [sys.executable, "experiments/benchmark.py"]
     assert "--device" in subprocess.run([*run, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    kernels = [[sys.executable, f"experiments/{name}_triton.py"] for name in ("check", "profile")]
     if not torch.cuda.is_available():
-        failed = subprocess.run([*run, "--device", "cuda"], cwd=ROOT, capture_output=True, text=True)
-        assert failed.returncode == 2 and "sees no GPU" in failed.stderr
+        for command in ([*run, "--device", "cuda"], *kernels):
+            failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert failed.returncode == 2 and "sees no GPU" in failed.stderr
+
+
+def test_rows_go_to_runs_or_are_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    assert benchmark.parse([]).out == "runs/benchmark-cpu.json"
+    monkeypatch.setattr(benchmark, "measure", lambda *args: pytest.fail("it measures already"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="other.json holds no table of rows"):
+        benchmark.main([*TOY, "--out", str(tmp_path / "other.json")])
+    with pytest.raises(ValueError, match="cannot write --out .*file/rows.json"):
+        benchmark.main([*TOY, "--out", str(tmp_path / "file" / "rows.json")])
 
 
 def test_rows_of_other_lengths_and_passes_are_kept(tmp_path):

@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -160,9 +161,28 @@ def test_rows_of_other_settings_are_refused_and_kept(tmp_path, capsys):
     assert "already" not in capsys.readouterr().out
 
 
-def test_a_run_in_a_fresh_clone_does_not_start_from_the_committed_rows():
-    out = Path(associative_recall.RecallConfig().out)
+EXPERIMENTS = {associative_recall: lambda argv: parse_config(associative_recall.RecallConfig, argv=argv),
+               layers: lambda argv: layers.parse(["nowhere", *argv]),
+               **{module: module.parse for module in (attention_maps, attention_properties, map_forms)}}
+
+
+@pytest.mark.parametrize("module", EXPERIMENTS, ids=lambda module: module.__name__)
+def test_the_committed_rows_are_neither_gone_on_from_nor_written_over(module):
+    out = Path(EXPERIMENTS[module]([]).out)
     assert out.parts[0] == "runs" and not (ROOT / out).is_relative_to(common.RESULTS)
+
+
+@pytest.mark.parametrize("module", EXPERIMENTS, ids=lambda module: module.__name__)
+def test_an_out_that_cannot_be_written_is_told_before_the_work(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for work in {"run", "teacher_and_text", "load_teacher"} & vars(module).keys():
+        monkeypatch.setattr(module, work, lambda *args, **kwargs: pytest.fail("the work has begun"))
+    Path("README.md").write_text("mine")
+    for out, sentence in (("README.md/rows.json", "cannot write --out README.md/rows.json: choose another"),
+                          ("README.md", "must end in .json"), (".", "must end in .json")):
+        with pytest.raises(ValueError, match=sentence):
+            module.main(EXPERIMENTS[module](["--out", out]))
+    assert Path("README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_error_in_another_process_ends_the_run(tmp_path):
@@ -293,7 +313,11 @@ def test_conversions_are_collected_with_ratios_curves_and_a_table(converted, tmp
     assert len(json.loads((out / "summary.json").read_text())) == len(again)              # what was there is kept
     (other / "summary.json").write_text(json.dumps([found["elu", "swapped"]]))
     with pytest.raises(ValueError, match="both hold elu: give one of them a --name"):
-        conversion.main([converted, other], out)
+        conversion.main([converted, other], tmp_path / "refused")
+    (other / "summary.json").write_text(json.dumps([found["elu", "finetuned"] | dict(name="fast")]))
+    with pytest.raises(ValueError, match="missing: .*/fast/finetuned/log.csv: finish the conversion"):
+        conversion.main([converted, other], tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 @needs_matplotlib
@@ -372,6 +396,21 @@ def test_either_form_of_the_map_for_queries_and_for_keys(attentive, tmp_path):
         assert (tmp_path / "forms.png").exists()
 
 
+def test_flags_that_cannot_be_are_told_in_a_sentence(attentive, converted, tmp_path):
+    maps, conversion = [*attentive, "--maps", str(tmp_path / "maps")], [str(converted / "hedgehog"), "--device", "cpu"]
+    for module, flags, sentence in (
+            (attention_maps, [*maps, "--short", "33"], "--short 33 must be at least 1 and at most 32, the teacher's"),
+            (attention_maps, [*maps, "--short", "-1"], "--short -1 must be at least 1"),
+            (attention_maps, [*maps, "--text", ""], "--text is empty"),
+            (attention_properties, [*maps, "--blocks", "0"], "--blocks must be at least 1, got 0"),
+            (layers, [*conversion, "--tokens", "-5"], "--tokens must be 0, for all, or at least 2, got -5"),
+            (layers, [*conversion, "--tokens", "1"], "--tokens must be 0"),
+            (layers, attentive[:1], "no conversion in .*attentive, or none with distilled maps: make one")):
+        with pytest.raises(ValueError, match=sentence):
+            module.main(module.parse([*flags, "--out", str(tmp_path / "rows.json")]))
+    assert not list(tmp_path.glob("maps/*/"))                                             # nothing was distilled first
+
+
 # ---------------------------------------------------------------- properties and pictures
 
 
@@ -442,9 +481,9 @@ def test_properties_of_every_map_are_measured(attentive, tmp_path, capsys):
     attention_properties.main(attention_properties.parse(flags))  # the distilled maps are read again, not made again
     again = json.loads(before)["rows"], json.loads(out.read_text())["rows"]
     assert again[0] == again[1]
-    with pytest.raises(ValueError, match="were distilled with lr=0.01"):
+    with pytest.raises(ValueError, match="were distilled with --distill-lr 0.01: choose"):
         attention_properties.main(attention_properties.parse([*flags, "--distill-lr", "0.5"]))
-    with pytest.raises(ValueError, match="t2r/distilled were distilled with lr=0.001: choose another --maps"):
+    with pytest.raises(ValueError, match="t2r/distilled were distilled with --distill-lr-t2r 0.001: choose another"):
         attention_properties.main(attention_properties.parse([*flags, "--distill-lr-t2r", "0.5"]))
 
 
@@ -485,6 +524,23 @@ def given(teacher, tmp_path, steps):
                                        "--distill-steps", str(steps), "--device", "cpu"])
 
 
+def test_without_data_a_teachers_own_text_is_read(teacher, tmp_path, monkeypatch):
+    flags = ["--maps", str(tmp_path / "maps"), "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher / "run", tmp_path / "runs" / "tiny-softmax")
+    found = []
+    for run in ([str(teacher / "run")], [str(teacher / "run" / "last.pt")], []):
+        found.append(students.teacher_and_text(attention_properties.parse([*run, *flags]))[1]["meta"])
+    assert found == [json.loads((teacher / "data" / "meta.json").read_text())] * 3
+    gone = train_gpt.load_checkpoint(teacher / "run" / "best.pt")
+    gone["config"]["data"] = "gone"
+    torch.save(gone, "gone.pt")
+    with pytest.raises(ValueError, match="gone.pt was trained on the text in gone, which is not there: give --data"):
+        students.teacher_and_text(attention_properties.parse(["gone.pt", *flags]))
+    given = ["gone.pt", "--data", str(teacher / "data"), *flags]
+    assert students.teacher_and_text(attention_properties.parse(given))[1]["meta"] == found[0]
+
+
 def test_what_is_measured_is_what_the_teachers_attention_used(teacher, tmp_path):
     model, _, _ = students.teacher_and_text(given(teacher, tmp_path, 0))
     idx, attention, seen = torch.randint(100, (1, 32)), model.transformer.h[1].attn, []
@@ -511,7 +567,7 @@ def test_half_distilled_maps_are_finished_and_those_of_another_recipe_refused(te
     saved["state"]["step"] = 2  # as if it had been stopped there: one more step is due
     torch.save(saved, path)
     assert not torch.equal(maps(3), whole)
-    with pytest.raises(ValueError, match="were distilled with steps=3"):
+    with pytest.raises(ValueError, match="were distilled with --distill-steps 3: choose"):
         maps(5)
     find = students.load_teacher
 
@@ -521,6 +577,14 @@ def test_half_distilled_maps_are_finished_and_those_of_another_recipe_refused(te
     monkeypatch.setattr(students, "load_teacher", another)
     with pytest.raises(ValueError, match="distilled from another model or on another text: choose another --maps"):
         maps(3)
+
+
+def test_a_stopped_distillation_says_how_to_go_on(teacher, tmp_path, monkeypatch, capsys):
+    model, data, device = students.teacher_and_text(config := given(teacher, tmp_path, 3))
+    monkeypatch.setattr(convert_gpt2, "interrupts", lambda say: stop_after(2))
+    with pytest.raises(SystemExit):
+        students.student(model, data, config, device, attention="hedgehog")
+    assert "stopped after step 2, saved: give the same command again to go on" in capsys.readouterr().out
 
 
 @needs_matplotlib
@@ -607,6 +671,18 @@ def test_rows_are_refused_for_settings_of_their_own_table_alone(tmp_path):
         common.rows_so_far(path, dict(lr=1, layers=(1, 2)))
 
 
+@pytest.mark.parametrize("text", ['{"rows": []}', "[1]", "# A page", "\udcff"])
+def test_what_holds_no_rows_is_neither_gone_on_from_nor_written_over(text, converted, tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text(text, errors="surrogateescape")
+    before = path.read_bytes()
+    for main in (lambda: recall(SMALL, path), lambda: conversion.main([converted], tmp_path),
+                 lambda: conversion.main([tmp_path], tmp_path / "new"), lambda: wikitext103.main([], tmp_path)):
+        with pytest.raises(ValueError, match="summary.json holds no table of rows: choose another, or mend the path"):
+            main()
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_maps_of_another_teacher_or_text_are_refused(tmp_path):
     teacher, data = GPT(GPTConfig(8, 16, 1, 1, 8)), dict(meta=dict(name="a text"))
     students.remember(teacher, data, tmp_path / "maps")
@@ -617,3 +693,9 @@ def test_maps_of_another_teacher_or_text_are_refused(tmp_path):
         teacher.transformer.wte.weight[0, 0] += 1
     with pytest.raises(ValueError, match="another model"):
         students.remember(teacher, data, tmp_path / "maps")
+
+
+def test_every_file_can_be_imported_from_the_root_of_the_repository():
+    names = [path.stem for path in (ROOT / "experiments").glob("[!_]*.py") if not path.stem.startswith("convert_")]
+    code = f"import importlib\nfor name in {names}: importlib.import_module('experiments.' + name)"
+    assert "students" in names and subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -63,7 +63,7 @@ def test_every_command_runs(command, clone, monkeypatch, capsys):
     monkeypatch.chdir(clone)
     arguments = shlex.split(command)[1:] + shlex.split(COMMANDS[command])
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(sys, "path", [str(clone), *sys.path])
+    monkeypatch.setattr(sys, "path", [str((clone / arguments[0]).parent), *sys.path])
     try:
         runpy.run_path(str(clone / arguments[0]), run_name="__main__")
     except SystemExit as e:
