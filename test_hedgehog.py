@@ -854,8 +854,9 @@ BAD_CALLS = [
     ("17 tokens does not fit block_size=16", lambda: overfill(tiny_gpt())),
     ("beyond the vocabulary of 31", lambda: tiny_gpt()(torch.tensor([[0, 31, 0]]))),
     ("vocabulary", lambda: tiny_gpt()(torch.tensor([[-1, 3]]))),
-    ("temperature >= 0", lambda: tiny_gpt().generate(ids, 1, temperature=-1.0)),
-    ("finite temperature", lambda: tiny_gpt().generate(ids, 1, temperature=math.inf)),
+    ("temperature 0 or in", lambda: tiny_gpt().generate(ids, 1, temperature=-1.0)),
+    ("temperature 0 or in .*got 1, inf", lambda: tiny_gpt().generate(ids, 1, temperature=math.inf)),
+    ("needs tokens >= 0.*got -5,", lambda: tiny_gpt().generate(ids, -5)),
     ("top_k >= 1", lambda: tiny_gpt().generate(ids, 1, top_k=0)),
     ("prompt of at least one token", lambda: tiny_gpt().generate(ids[:, :0], 1)),
 ]
