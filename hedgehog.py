@@ -125,8 +125,8 @@ class FeatureMap(nn.Module):
     def cosformer(self, x, offset):
         """cos(a_t - a_s) = cos a_t cos a_s + sin a_t sin a_s: near keys weigh more than far ones."""
         T = x.shape[-2]
-        if offset + T > self.max_len:
-            raise ValueError(f"cosformer was built for max_len={self.max_len} positions, got {offset + T}")
+        if offset + T > self.max_len:  # x may be a segment, and more to come
+            raise ValueError(f"cosformer knows {self.max_len} positions, got at least {offset + T}: raise max_len")
         t = torch.arange(offset, offset + T, device=x.device, dtype=x.dtype).unsqueeze(-1)
         a = math.pi * t / (2 * self.max_len)
         return torch.cat((F.relu(x) * a.cos(), F.relu(x) * a.sin()), dim=-1)
