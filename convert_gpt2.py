@@ -94,13 +94,13 @@ class ConvertConfig:
     sample_tokens: int = opt(200, "length of that sample")
 
     def __post_init__(self):
-        if not (self.distill_steps >= 0 and self.block_size >= 0 and 0 <= self.warmup <= 1):
-            raise ValueError(f"--distill-steps {self.distill_steps} and --block-size {self.block_size} must be at "
-                             f"least 0 and --warmup {self.warmup} in [0, 1]")
+        check_least(self, block_size=0, softmax_layers=0, window=0, short_conv=0, distill_steps=0,
+                    distill_batch_size=1, distill_lr=0)
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"--warmup {self.warmup} is a part of the steps: it must be in [0, 1]")
         if self.name == "softmax" and not is_plain(self) or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
             raise ValueError(f"--name {self.name!r} must be letters, digits and . + = - _ and begin with one of the "
                              "first; softmax is the name of the finetuned teacher")
-        check_least(self, softmax_layers=0, window=0, short_conv=0)
         if self.hybrid_window:
             GPTConfig(attention=self.attention, hybrid_window=self.hybrid_window)  # refuses what does not go together
         if self.window and not self.softmax_layers:
