@@ -45,7 +45,7 @@ class ConvertConfig:
                        "train_gpt.py. Empty: runs/tiny-softmax, trained if it is not there")
     attention: str = opt("hedgehog", "the feature map, of Hedgehog's two hedgehog_exp is the better; softmax: only "
                          "finetune the teacher", ATTENTIONS)
-    data: str = opt("", "folder made by data/prepare.py; empty: data/pydoc, made on the fly")
+    data: str = opt("", "folder made by data/prepare.py; empty: that of a --teacher of train_gpt.py, else data/pydoc")
     out: str = opt("", "folder of the results; empty: runs/convert-PRESET")
     name: str = opt("", "of this conversion, its folder in --out; empty: its --attention")
     resume: bool = opt(False, "go on with the conversion in --out; flags not given are taken from it")
@@ -160,6 +160,16 @@ def saved_config(config):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The teacher
+
+
+def text_of(teacher):
+    """The folder of the text that a run of train_gpt.py learned; "", which is data/pydoc, for any other teacher."""
+    path = Path(teacher or "runs/tiny-softmax")
+    path = path if path.suffix == ".pt" else path / "best.pt"
+    folder = load_checkpoint(path)["config"]["data"] if teacher not in GPT2 and path.exists() else ""
+    if folder and not Path(folder, "meta.json").exists():
+        raise ValueError(f"the teacher {path} learned the text in {folder}, which is not there: name one with --data")
+    return folder
 
 
 def load_teacher(config):
@@ -470,6 +480,8 @@ def convert(config, *, held):
                          "torchrun train_gpt.py --resume")
     if config.export and gpt2_files() and Path(config.export).exists():
         raise ValueError(f"--export {config.export} is there already: choose another folder or move it away")
+    if not config.resume and not config.data:  # a resumed conversion goes on with the text it was started with
+        config = replace(config, data=text_of(config.teacher))
     folder, name, say = table_folder(config), run_name(config), tqdm.write
     device, dtype, why = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()

@@ -558,6 +558,30 @@ def test_the_default_trains_its_teacher_first(tmp_path, monkeypatch, text_dir, c
     assert [r["name"] for r in rows] == ["teacher", "softmax"] + 3 * ["hedgehog"] + 3 * ["again"]
 
 
+def test_the_text_is_the_teachers_own_unless_another_is_named(command, tmp_path, text_dir, teacher, monkeypatch):
+    given, read = ["--data", "", "--no-reference", "--steps", "1"], []
+
+    def stop(config, **kwargs):
+        read.append(config.data)
+        raise InterruptedError
+
+    command(*given)
+    path = tmp_path / "table/hedgehog/config.json"
+    about = json.loads(path.read_text())
+    assert about["config"]["data"] == str(text_dir)
+    about["config"]["data"] = ""                                  # of a conversion that read data/pydoc all the same
+    path.write_text(json.dumps(about))
+    monkeypatch.setattr(convert_gpt2, "find_data", stop)
+    for flags in (["--resume"], [*given, "--data", "another"], [*given, "--teacher", "gpt2"]):
+        with pytest.raises(InterruptedError):
+            command(*flags)
+    assert read == ["", "another", ""]
+    checkpoint = load_checkpoint(teacher / "best.pt")
+    torch.save(checkpoint | dict(config=checkpoint["config"] | dict(data="gone")), tmp_path / "moved.pt")
+    with pytest.raises(ValueError, match="learned the text in gone, which is not there: name one with --data"):
+        command(*given, "--teacher", str(tmp_path / "moved.pt"))
+
+
 def test_maps_start_from_the_identity_and_random_features_from_the_seed():
     teacher = small_gpt(attention="softmax")
     for scale in (1.0, 0.5):
