@@ -281,13 +281,8 @@ def finetune(model, train, held_out, config, seed, stage=""):
     return dict(epoch=epoch, held_out=value)
 
 
-def convert(job, config):
-    """Finetune softmax, and make of it each of the attentions in turn. -> {(task, attention, seed): what came out}."""
-    task, seed, attentions = job
-    device, dtype, _ = pick_device(config.device, config.dtype)
-    if config.workers > 1:
-        torch.set_num_threads(max(1, os.cpu_count() // config.workers))
-    torch.manual_seed(seed)                                                               # of the head
+def load(config, task):
+    """(BERT with a head for the task, tokenizer), on the CPU. ValueError if --model is no BERT."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -297,7 +292,17 @@ def convert(job, config):
     except Exception as e:  # whatever a damaged file makes of its readers
         raise ValueError(f"no BERT with a tokenizer at --model {config.model}: give a folder with config.json, weights "
                          f"and vocabulary, or a name on the hub ({(str(e).strip() or repr(e)).splitlines()[0]})") from e
-    restore(swap(model))  # what is no BERT is better refused now
+    return restore(swap(model)), tokenizer  # `swap` refuses what is no BERT
+
+
+def convert(job, config):
+    """Finetune softmax, and make of it each of the attentions in turn. -> {(task, attention, seed): what came out}."""
+    task, seed, attentions = job
+    device, dtype, _ = pick_device(config.device, config.dtype)
+    if config.workers > 1:
+        torch.set_num_threads(max(1, os.cpu_count() // config.workers))
+    torch.manual_seed(seed)                                                               # of the head
+    model, tokenizer = load(config, task)
     model.to(device).forward = torch.autocast(device.type, dtype, enabled=dtype is not None)(model.forward)
     train, held_out, reported = glue.load_batches(
         task, config.data, config.limit, tokenizer=tokenizer, batch_size=config.batch_size, device=device,
@@ -378,13 +383,15 @@ def main(config):
     about, out = {k: v for k, v in asdict(config).items() if k not in left_out}, Path(config.out)
     about["model"] = Path(config.model).name
     rows = rows_so_far(out, about, lambda row: row["task"] in config.task)
-    for task in config.task:  # downloads, if need be, before several workers would
-        glue.find_files(task, config.data)
     tqdm.write(f"{config.model} on {why}")
     runs = {(row["task"], row["attention"], r["seed"]): r for row in rows for r in row["runs"]}
     jobs = [(task, seed, lacking) for task, seed in product(config.task, config.seeds)
             if (lacking := [attention for attention in config.attentions if (task, attention, seed) not in runs])]
-    if not jobs:
+    if jobs:  # what is not there is downloaded now, before several workers would, and a wrong --model told first
+        load(config, jobs[0][0])
+        for task in config.task:
+            glue.find_files(task, config.data)
+    else:
         tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
     about |= provenance(device) | dict(transformers=transformers.__version__)
     about["command"] = with_names(about["command"])

@@ -646,6 +646,12 @@ def test_bad_input_is_told_in_a_sentence(flags, what, world, tmp_path, capsys):
     assert what in told and "free some space" not in told
 
 
+def test_a_wrong_model_is_told_before_data_is_downloaded(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(glue, "find_files", lambda *args: pytest.fail("looks for data first"))
+    with pytest.raises(ValueError, match="no BERT with a tokenizer at --model"):
+        convert_bert.main(given(world, tmp_path, "--model", str(tmp_path / "nowhere")))
+
+
 def test_another_architecture_and_a_missing_package_are_told(world, tmp_path, monkeypatch):
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "bert")
     other = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SHAPE))
