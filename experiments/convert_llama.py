@@ -21,7 +21,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +68,7 @@ class LlamaConfig:
     # stage 1: the maps alone learn to imitate softmax's weights
     distill_epochs: float = opt(2.0, "passes over the training dialogues; 0: no distillation")
     distill_lr: float = opt(1e-2, "peak learning rate of the maps")
+    distill_lr_t2r: float = opt(None, "that of T2R's, which need not be Hedgehog's; None: the same")
     distill_text: str = opt("", "a text file that is read in each of these epochs besides the dialogues")
     # stage 2: low-rank updates of the attention's projections learn to write summaries
     lora_epochs: float = opt(2.0, "passes over the training dialogues; 0: no finetuning")
@@ -92,10 +93,12 @@ class LlamaConfig:
         check_least(self, limit=0, max_length=1, max_new_tokens=1, distill_epochs=0, distill_lr=0, lora_epochs=0,
                     lora_lr=0, map_lr=0, rank=1, alpha=0, batch_size=1, generate_batch=1, generate_lengths=0,
                     speed_batch=1)
+        if self.distill_lr_t2r is not None:
+            check_least(self, distill_lr_t2r=0)
 
 
-# what rows of one table may differ in
-MACHINE = {"attentions", "out", "device", "compile", "generate_batch", "gradient_checkpointing"}
+# what rows of one table may differ in; the last is a setting of T2R's row alone
+MAY_DIFFER = {"attentions", "out", "device", "compile", "generate_batch", "gradient_checkpointing", "distill_lr_t2r"}
 PATHS = {"model", "data", "text", "distill_text", "lora_text"}  # whose names count, and not the folders of one machine
 
 
@@ -499,7 +502,9 @@ def measure_row(name, model, tokenizer, data, config, device):
         row["kl_before"] = divergence(model, data["kl"], config, device)
         if config.distill_epochs and maps_of(model):
             reset_peak(device)
-            row["distill_seconds"] = distill(model, data["distill"], config, device)
+            own = config.distill_lr_t2r if name == "t2r" else None
+            rate = row["distill_rate"] = config.distill_lr if own is None else own
+            row["distill_seconds"] = distill(model, data["distill"], replace(config, distill_lr=rate), device)
             row["distill_gib"], row["kl"] = peak_gib(device), divergence(model, data["kl"], config, device)
         if data["text"]:
             row["distilled_text_ppl"] = text_perplexity(model, data["text"], device)
@@ -522,8 +527,9 @@ def measure_row(name, model, tokenizer, data, config, device):
 
 def main(config):
     device, dtype, why = pick_device(config.device, config.dtype)
-    settings = {k: Path(v).name if k in PATHS else v for k, v in asdict(config).items() if k not in MACHINE}
-    out = Path(config.out)
+    settings = {k: Path(v).name if k in PATHS else v for k, v in asdict(config).items() if k not in MAY_DIFFER}
+    of_t2r, out = dict(distill_lr_t2r=config.distill_lr_t2r), Path(config.out)
+    rows_so_far(out, of_t2r, lambda row: row["attention"] == "t2r")
     rows = rows_so_far(out, settings)
     lacking = [name for name in ("zero-shot", *config.attentions) if name not in {row["attention"] for row in rows}]
     if not lacking:
@@ -538,7 +544,7 @@ def main(config):
     about["command"] = with_names(about["command"])
     for name in lacking:
         row = measure_row(name, copy.deepcopy(model).to(device), tokenizer, data, config, device)
-        rows.append(row | about | settings)
+        rows.append(row | about | settings | (of_t2r if name == "t2r" else {}))
         save_json(out, rows)                                                              # a stopped run keeps its rows
         tqdm.write(f"{name}: ROUGE-1 {row['rouge1']:.1f}")
     print(table(rows))

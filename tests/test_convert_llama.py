@@ -766,6 +766,21 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monke
         convert_llama.main(parse(folder, out, flags + " --lora-lr 1 --rank 3"))
 
 
+def test_t2r_may_have_a_rate_of_its_own_which_its_row_keeps(folder, tmp_path, monkeypatch):
+    rates, out = [], tmp_path / "rows.json"
+    monkeypatch.setattr(convert_llama, "distill", lambda *args: rates.append(args[2].distill_lr) or 0.0)
+    flags = "--limit 2 --generate-lengths 0 --lora-epochs 0 --distill-lr 2e-2 --attentions softmax hedgehog"
+    convert_llama.main(parse(folder, out, flags))                                          # whose rows it joins
+    convert_llama.main(parse(folder, out, f"{flags} t2r --distill-lr-t2r 1e-3"))
+    kept = {row["attention"]: row.get("distill_rate") for row in json.loads(out.read_text())}
+    assert rates == [2e-2, 1e-3] and kept == {"zero-shot": None, "softmax": None, "hedgehog": 2e-2, "t2r": 1e-3}
+    for other in ("", "--distill-lr-t2r 2e-2"):
+        with pytest.raises(ValueError, match="rows made with --distill-lr-t2r 0.001: give the same --distill-lr-t2r"):
+            convert_llama.main(parse(folder, out, f"{flags} {other}"))
+    convert_llama.main(parse(folder, tmp_path / "same.json", f"{flags} t2r"))
+    assert rates[2:] == [2e-2, 2e-2]
+
+
 def test_the_defaults_touch_no_committed_rows():
     config = LlamaConfig()
     assert config.out == "runs/llama.json" and {"softmax", "hedgehog", "hedgehog_exp", "t2r"} == {*config.attentions}
@@ -843,6 +858,7 @@ def test_a_text_may_be_learned_before_the_summaries(folder, tmp_path):
     ("--generate-lengths 8 -8", "--generate-lengths must be at least 0"),
     ("--distill-epochs -1", "--distill-epochs must be at least 0"),
     ("--lora-epochs -1", "--lora-epochs must be at least 0"),
+    ("--distill-lr-t2r -1", "--distill-lr-t2r must be at least 0"),
     ("--lora-lr nan", "--lora-lr must be at least 0"),
     ("--distill-lr 1e30 --attentions hedgehog_exp --distill-epochs 9", "the loss is .*: lower the learning rate"),
 ])
