@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 try:
@@ -120,3 +121,13 @@ def rows_so_far(path, settings, concerned=lambda row: True):
 def with_names(command):
     """A command line with the names of absolute paths alone: the folders of one machine are of no use on another."""
     return re.sub(r"(?<!\S)/\S*/", "", command)
+
+
+@contextmanager
+def or_say(sentence):
+    """ValueError with the sentence, and behind it the reason in brackets, for whatever a damaged model makes of
+    transformers, which reads it here."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{sentence} ({(str(e).strip() or repr(e)).splitlines()[0]})") from e

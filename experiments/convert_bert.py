@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # no installed package
 from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
 from data import glue  # noqa: E402
-from experiments.common import rows_so_far, with_names  # noqa: E402
+from experiments.common import or_say, rows_so_far, with_names  # noqa: E402
 from hedgehog import FEATURE_MAPS, LEARNED_MAPS, FeatureMap, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, flag, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance,
@@ -285,13 +285,11 @@ def load(config, task):
     """(BERT with a head for the task, tokenizer), on the CPU. ValueError if --model is no BERT."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    with or_say(f"no BERT with a tokenizer at --model {config.model}: give a folder with config.json, weights and "
+                "vocabulary, or a name on the hub"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             config.model, num_labels=len(glue.TASKS[task].labels) or 1, ignore_mismatched_sizes=True).float()
-    except Exception as e:  # whatever a damaged file makes of its readers
-        raise ValueError(f"no BERT with a tokenizer at --model {config.model}: give a folder with config.json, weights "
-                         f"and vocabulary, or a name on the hub ({(str(e).strip() or repr(e)).splitlines()[0]})") from e
     return restore(swap(model)), tokenizer  # `swap` refuses what is no BERT
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of this repository, which is no package
 from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
-from experiments.common import rows_so_far, with_names  # noqa: E402
+from experiments.common import or_say, rows_so_far, with_names  # noqa: E402
 from hedgehog import FeatureMap, divide, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance,
@@ -466,12 +466,10 @@ def load(config, dtype):
     path, options = Path(config.model), {}
     if path.suffix == ".gguf":
         path, options = path.parent, dict(gguf_file=path.name)
-    try:
+    with or_say(f"no Llama with a tokenizer at --model {config.model}: give a folder with config.json, a .gguf file or "
+                "a name on the hub"):
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
-    except Exception as e:  # whatever a damaged file makes of its readers
-        raise ValueError(f"no Llama with a tokenizer at --model {config.model}: give a folder with config.json, a "
-                         f".gguf file or a name on the hub ({(str(e).strip() or repr(e)).splitlines()[0]})") from e
     llama_layers(model)
     return model.eval(), tokenizer
 
