@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of this repository, which is no package
-from convert_gpt2 import imitation_loss, maps_of  # noqa: E402
+from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
 from experiments.common import or_say, rows_so_far, with_names  # noqa: E402
 from hedgehog import FeatureMap, divide, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
@@ -353,10 +353,9 @@ def imitate(model, ids, mask, learn=False, loss=imitation_loss):
 
 def distill(model, examples, config, device):
     """Stage 1: train the maps of a swapped model, in place. Returns seconds."""
-    model.eval().requires_grad_(False)
-    groups = [([p.requires_grad_() for p in maps_of(layer).values()], config.distill_lr)
-              for layer in model.model.layers]  # layers are problems of their own, also in clipping
-
+    learn_maps_alone(model.eval())
+    # Layers are problems of their own, also in clipping.
+    groups = [(maps_of(layer).values(), config.distill_lr) for layer in model.model.layers]
     loss = torch.compile(imitation_loss, dynamic=True) if config.compile else imitation_loss
 
     def step_loss(batch):
@@ -388,9 +387,8 @@ def finetune(model, examples, config, device, text=()):
     """Stage 2: low-rank updates of q, k, v and o learn the text if there is one, then the summaries, and are added to
     the weights. Returns seconds."""
     torch.manual_seed(config.seed)
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=config.rank, lora_alpha=config.alpha,
-                                                      target_modules=projections))
+    lora = peft.get_peft_model(model, peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
     groups = [([p for p in lora.parameters() if p.requires_grad], config.lora_lr)]
     if config.map_lr and maps_of(model):
         groups.append(([p.requires_grad_() for p in maps_of(model).values()], config.map_lr))
