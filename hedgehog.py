@@ -748,10 +748,9 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token. A prompt longer than block_size is cropped to its end. When the block
         is full, the newest half of it is read again as a fresh prompt, since GPT-2's learned positions end there.
         """
-        drawable = temperature == 0 or 1e-45 <= temperature <= 1e38                       # logits are float32
-        if max_new_tokens < 0 or not drawable or (top_k is not None and top_k < 1) or idx.shape[1] < 1:
-            raise ValueError("generation needs tokens >= 0, temperature 0 or in [1e-45, 1e38], top_k >= 1 and a prompt "
-                             f"of at least one token, got {max_new_tokens}, {temperature}, {top_k} and {idx.shape[1]}")
+        if not (max_new_tokens >= 0 and 0 <= temperature < math.inf and (top_k is None or top_k >= 1) and idx.shape[1]):
+            raise ValueError("generation needs tokens >= 0, a finite temperature >= 0, top_k >= 1 and a prompt of at "
+                             f"least one token, got {max_new_tokens}, {temperature}, {top_k} and {idx.shape[1]}")
         block_size = self.config.block_size
         window, cache = idx[:, -block_size:], self.new_cache()
         n_new = window.shape[1]                                                           # tokens not yet in the cache

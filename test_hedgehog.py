@@ -877,7 +877,7 @@ def test_exponential_keys_are_exact_up_to_30_and_finite_beyond():
 
 def test_a_block_of_one_token_generates():
     model = GPT(GPTConfig(block_size=1, vocab_size=31, n_layer=1, n_head=2, n_embd=8)).eval()
-    assert model.generate(torch.tensor([[3]]), 4, temperature=1e-45).shape == (1, 5)
+    assert model.generate(torch.tensor([[3]]), 4).shape == (1, 5)
 
 
 def test_auto_is_chunked_on_a_cpu_and_says_why_a_gpu_goes_without_kernels():

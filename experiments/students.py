@@ -13,7 +13,7 @@ import common  # noqa: F401  it puts the root folder on the path
 import torch
 from tqdm import tqdm
 
-from convert_gpt2 import ConvertConfig, distill, find_text, load_teacher, maps_of, stage_config, swap
+from convert_gpt2 import ConvertConfig, distill, find_text, load_teacher, maps_of, stage_config, swap, text_of
 from hedgehog import LEARNED_MAPS, attention_weights
 from train_gpt import MAY_CHANGE_ON_RESUME, HelpFormatter, load_checkpoint, pick_device, save_json
 
@@ -49,20 +49,10 @@ def teacher_and_text(config):
     device = pick_device(config.device, "float32")[0]
     convert = ConvertConfig(teacher=config.teacher, device=config.device)
     teacher, tokenizer = load_teacher(convert)
-    config.data = convert.data = config.data or text_of(config.teacher or "runs/tiny-softmax")
+    config.data = convert.data = config.data or text_of(config.teacher)
     data = find_text(stage_config(convert, teacher, "distilled"), teacher, tokenizer)
     remember(teacher, data, Path(config.maps))
     return teacher.to(device).eval(), data, device
-
-
-def text_of(checkpoint):
-    """The folder of the text that a run of train_gpt.py learned; "", data/pydoc, if it was that or none is known."""
-    path = Path(checkpoint)
-    path = path if path.suffix == ".pt" else path / "best.pt"
-    folder = load_checkpoint(path)["config"]["data"] if path.exists() else ""
-    if folder and not Path(folder).exists():
-        raise ValueError(f"{path} was trained on the text in {folder}, which is not there: give --data")
-    return folder
 
 
 def rate(config, attention, distill_steps=None, **options):

@@ -535,7 +535,7 @@ def test_without_data_a_teachers_own_text_is_read(teacher, tmp_path, monkeypatch
     gone = train_gpt.load_checkpoint(teacher / "run" / "best.pt")
     gone["config"]["data"] = "gone"
     torch.save(gone, "gone.pt")
-    with pytest.raises(ValueError, match="gone.pt was trained on the text in gone, which is not there: give --data"):
+    with pytest.raises(ValueError, match="gone.pt learned the text in gone, which is not there: name one with --data"):
         students.teacher_and_text(attention_properties.parse(["gone.pt", *flags]))
     given = ["gone.pt", "--data", str(teacher / "data"), *flags]
     assert students.teacher_and_text(attention_properties.parse(given))[1]["meta"] == found[0]

@@ -614,8 +614,7 @@ def test_sample_ends_quietly_when_its_reader_leaves_and_prints_on_an_ascii_termi
 
 
 @pytest.mark.parametrize("options", [dict(temperature=math.nan), dict(temperature=-1), dict(temperature=math.inf),
-                                     dict(temperature=1e-300), dict(temperature=1e300), dict(top_k=-1), dict(tokens=-5),
-                                     dict(prompt="")])
+                                     dict(top_k=-1), dict(tokens=-5), dict(prompt="")])
 def test_sample_refuses_what_cannot_be_drawn(text_dir, tmp_path, options):
     train(config(text_dir, tmp_path / "run", "--steps", "0"))
     with pytest.raises(ValueError, match="temperature|prompt"):
