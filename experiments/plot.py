@@ -46,7 +46,8 @@ FIGURES = (("tiny", wikitext103.loss_curves), ("wikitext103", wikitext103.loss_c
            ("associative_recall.json", associative_recall.draw),
            ("tiny/associative_recall-10000.json", associative_recall.draw),
            ("attention_properties.json", attention_properties.draw), ("attention_maps.json", attention_maps.draw),
-           ("convert/summary.json", conversion.draw), ("convert/layers.json", layers.draw),
+           ("convert/summary.json", conversion.draw), ("convert/98M/summary.json", conversion.draw),
+           ("convert/layers.json", layers.draw),
            ("convert/before/layers.json", layers.draw),
            ("map_forms.json", map_forms.draw))
 

@@ -14,12 +14,14 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from common import RESULTS, bars, color, draw_if_possible, figure, read_rows, save
+from common import COLORS, RESULTS, bars, color, draw_if_possible, figure, read_rows, save
 
 from train_gpt import MAY_CHANGE_ON_RESUME, PRESETS, TrainConfig, cli, save_json
 
 # Test perplexity after 100 epochs of WikiText-103. Of Hedgehog's two forms, the paper does not say which this one is.
 PAPER = {"softmax": 18.6, "hedgehog": 20.8, "hedgehog_exp": 20.8, "elu": 25.6, "performer": 26.8}
+
+LINES = ("-", "--", ":", "-.", (0, (8, 2, 1, 2, 1, 2)))
 
 
 def departures(config, usual, left_out):
@@ -76,17 +78,22 @@ def table(rows):
 
 
 def loss_curves(folder):
-    """Validation loss of every run of train_gpt.py whose log.csv lies here, under the name of its attention."""
-    curves = {path.stem: list(csv.DictReader(path.open())) for path in sorted(folder.glob("*.csv"))}
-    fig, [[ax]] = figure()
+    """Validation loss of every run of train_gpt.py whose log.csv lies here; of equal rows of the table, the best."""
+    rows = sorted(read_rows(folder / "summary.json"), key=lambda row: row["test_ppl"])
+    best = {repr([row[key] for key in ("attention", "options", "data", "tokens")]): row["name"] for row in rows[::-1]}
+    again = {row["name"] for row in rows} - set(best.values())
+    curves = {path.stem: list(csv.DictReader(path.open())) for path in folder.glob("*.csv") if path.stem not in again}
     final = {}
+    fig, [[ax]] = figure()
+    others = iter(COLORS[1:])
     for name, rows in sorted(curves.items(), key=lambda item: float(item[1][-1]["valid_nats"])):
         x, y = ([float(row[key]) for row in rows if int(row["step"])] for key in ("tokens", "valid_nats"))
-        style = ("-", "--", ":", "-.")[[color(other) for other in final].count(color(name)) % 4]
+        same = [color(other) for other in final].count(color(name))                       # grey and orange: by the line
+        line = dict(color=next(others)) if color(name) == COLORS[1] else dict(color=color(name), ls=LINES[same % 5])
         final[name] = float(rows[-1]["valid_nats"])
-        ax.plot([tokens / 1e6 for tokens in x], y, style, label=name, color=color(name))
+        ax.plot([tokens / 1e6 for tokens in x], y, label=name, **line)
     ax.set(xlabel="training tokens, millions", ylabel="validation loss (nats a token)")
-    ax.legend(loc="upper right", ncols=1 + len(final) // 5)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))                                 # in the order of the ends
     first = list(final.items())[:3]
     save(fig, folder / "loss.png", ("Final loss: " if len(first) == len(final) else "Lowest final losses: ")
          + ", ".join(f"{name} {nats:.2f}" for name, nats in first))

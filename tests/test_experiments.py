@@ -238,6 +238,15 @@ def test_the_whole_path_prepare_train_resume_evaluate_sample_collect(tmp_path, m
     assert f"{rows['hedgehog']['test_ppl'] / rows['softmax']['test_ppl']:.3f}" in capsys.readouterr().out
     if common.plt:
         assert {"loss.png", "perplexity.png"} <= {path.name for path in out.iterdir()}
+        # Of two equal runs the worse is in the table, and not in the figure.
+        path = shutil.copytree(tmp_path / "wikitext103-fast-softmax", tmp_path / "wikitext103-fast-again")
+        summary = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps(summary | dict(test_ppl=summary["test_ppl"] + 1)))
+        monkeypatch.setattr(wikitext103, "save", lambda fig, *_: drawn.append(fig.axes[0].get_legend()))
+        drawn = []
+        wikitext103.main([path], out)
+        assert {text.get_text() for text in drawn[0].get_texts()} == {"softmax", "hedgehog"}
+        assert "again" in [row["name"] for row in json.loads((out / "summary.json").read_text())]
 
 
 def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_options_that_help_it_too():
