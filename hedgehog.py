@@ -428,6 +428,9 @@ class HybridAttention(LinearAttention):
 
     Arguments as in LinearAttention; plain PyTorch always, in float32 at least. The state is a tuple: the last `window`
     keys, their values with the column of ones, both float32 at least, and the sum S over all older tokens.
+
+    `attend` takes grouped queries, too: k, v and map_k may have K heads, each of which serves H / K of q's; so has the
+    state. `keys` (B, T): False for padding, which is no key, but takes up its place in the window if it stands inside.
     """
 
     def __init__(self, n_head, head_dim, kind="hedgehog", *args, window, **options):
@@ -448,23 +451,29 @@ class HybridAttention(LinearAttention):
             gate, bias = (x.to(q.dtype).unsqueeze(-1) for x in (self.map_gate, self.map_gate_bias))
             return q @ gate + bias.unsqueeze(-1) + self.map_q.log_shift(q)                # (B, H, T, D) @ (H, D, 1)
 
-    def attend(self, q, k, v, form, state, return_state, offset, eps=1e-30):
+    def attend(self, q, k, v, form, state, return_state, offset, eps=1e-30, keys=None):
         if form not in ("auto", "chunked", "recurrent"):
             raise ValueError(f"the hybrid has no form {form!r}: leave it at 'auto'")
-        T, W, dtype = q.shape[2], self.window, v.dtype
+        T, W, G, dtype = q.shape[2], self.window, q.shape[1] // k.shape[1], v.dtype
         with torch.autocast(q.device.type, enabled=False):
             q, k = at_least_float32(q), at_least_float32(k)
-            v = F.pad(v.to(q.dtype), (0, 1), value=1.0)                                   # (B, H, T, D+1)
+            v = F.pad(v.to(q.dtype), (0, 1), value=1.0)                                   # (B, H or K, T, D+1)
+            if keys is not None:
+                v = v.masked_fill(~keys[:, None, :, None], 0)
             if state is None:  # zeros in the column of ones, too: before the text stand W keys that count as none
-                past = F.pad(q[:, :, :0], (0, 0, 0, W)), F.pad(v[:, :, :0], (0, 0, 0, W))
-                state = *past, q.new_zeros(*q.shape[:2], self.map_q.feature_dim, v.shape[-1])
-            k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)       # (B, H, W+T, D or D+1)
+                past = F.pad(k[:, :, :0], (0, 0, 0, W)), F.pad(v[:, :, :0], (0, 0, 0, W))
+                state = *past, k.new_zeros(*k.shape[:2], self.map_q.feature_dim, v.shape[-1])
+            k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)       # (B, H or K, W+T, D or D+1)
             phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k[:, :, :T])          # of the keys W tokens ago
-            old, S = few_chunks_at_once(phi_q, phi_k, v[:, :, :T], state[2], self.chunk_size)
+            S = state[2]
+            if G > 1:
+                k, v, phi_k, S = (x.repeat_interleave(G, dim=1) for x in (k, v, phi_k, S))
+            old, S = few_chunks_at_once(phi_q, phi_k, v[:, :, :T], S, self.chunk_size)
             num, den = old[..., :-1], old[..., -1:]
-            log_den = den.clamp(min=eps).log().masked_fill(den < eps, -math.inf) + self.log_gate(q)
+            # Not -inf: padding may be a query that sees no key at all, and then is zero.
+            log_den = den.clamp(min=eps).log().masked_fill(den < eps, -1e30) + self.log_gate(q)
             y = window_and_rest(q, k, v, log_den, divide(num, den, eps), W).to(dtype)
-        return (y, (k[:, :, T:].clone(), v[:, :, T:].clone(), S)) if return_state else y
+        return (y, (k[:, ::G, T:].clone(), v[:, ::G, T:].clone(), S[:, ::G].contiguous())) if return_state else y
 
 
 def window_and_rest(q, k, v, log_rest, rest, W):
@@ -478,7 +487,7 @@ def window_and_rest(q, k, v, log_rest, rest, W):
     q, log_rest, rest = (x.unflatten(2, (-1, L)) for x in (q, log_rest, rest))            # (B, H, N, L, ...)
     k, v = (torch.cat((x[:, :, :-L].unflatten(2, (-1, W)), x[:, :, W:].unflatten(2, (-1, L))), dim=3) for x in (k, v))
     i, j = torch.arange(L, device=q.device).unsqueeze(1) + W, torch.arange(W + L, device=q.device)
-    seen = (j <= i) & (j > i - W) & (v[:1, :1, ..., -1:] > 0).mT                          # (1, 1, N, L, W+L)
+    seen = (j <= i) & (j > i - W) & (v[:, :1, ..., -1:] > 0).mT                           # (B, 1, N, L, W+L)
     s = (q @ k.mT / math.sqrt(D)).masked_fill(~seen, -math.inf)
     p = torch.cat((s, log_rest), dim=-1).softmax(dim=-1)                                  # (B, H, N, L, W+L+1)
     y = (p[..., :-1] @ v)[..., :-1] + p[..., -1:] * rest

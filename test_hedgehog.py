@@ -451,14 +451,15 @@ def test_sums_beyond_the_range_of_float16_are_right(form):
 # The hybrid: softmax over a window, the maps beyond
 
 
-def plain_hybrid(module, q, k, v):
+def plain_hybrid(module, q, k, v, keys=True):
     """HybridAttention's docstring, written again with all (T, T) weights and features as they are, not divided."""
-    t = torch.arange(q.shape[2])
+    t, phi_q, phi_k = torch.arange(q.shape[2]), plain_map(module.map_q, q), plain_map(module.map_k, k)
+    k, v, phi_k = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v, phi_k))
     log_gate = torch.einsum("bhtd,hd->bht", q, module.map_gate) + module.map_gate_bias[:, None]
-    far = log_gate[..., None].exp() * (plain_map(module.map_q, q) @ plain_map(module.map_k, k).mT)
+    far = log_gate[..., None].exp() * (phi_q @ phi_k.mT)
     near = (q @ k.mT / math.sqrt(q.shape[-1])).exp()
-    weights = torch.where(t[:, None] - t < module.window, near, far).tril()
-    return weights @ v / weights.sum(-1, keepdim=True)
+    weights = torch.where(t[:, None] - t < module.window, near, far).tril() * keys
+    return weights @ v / weights.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
 @pytest.mark.parametrize("kind", hedgehog.HYBRID_MAPS)
@@ -484,6 +485,25 @@ def test_the_hybrid_goes_on_from_the_last_tokens_and_the_sum_of_all_older_ones(k
         assert all(x.untyped_storage().nbytes() == x.numel() * 8 for x in state)  # and no view of more
     inputs = dict(q=q, k=k, v=v, **dict(module.named_parameters()))
     assert_close(with_gradients(torch.cat(y, dim=2), **inputs), with_gradients(plain_hybrid(module, q, k, v), **inputs))
+
+
+@pytest.mark.parametrize("kind", ["hedgehog_exp", "elu"])
+@pytest.mark.parametrize("window", [1, 4, 16])
+@pytest.mark.parametrize("pieces", [[37], [5, 1, 1, 14, 16], [3, 34]], ids=str)
+def test_the_hybrid_takes_padding_row_by_row_and_grouped_queries(kind, window, pieces):
+    module, state, y = layer(kind, H=4, window=window, chunk_size=3), None, []
+    module.map_k = layer(kind, window=window).map_k                                       # K = 2
+    (q, _, _), (_, k, v) = normal(37, H=4, B=4), normal(37, B=4)
+    keys = torch.ones(4, 37, dtype=torch.bool)
+    keys[0, :9], keys[1, 30:], keys[2, 12:20] = False, False, False
+    for *parts, some in zip(*(x.split(pieces, dim=2) for x in (q, k, v)), keys.split(pieces, dim=1)):
+        y_i, state = module.attend(*parts, "auto", state, True, 0, keys=some)
+        y.append(y_i)
+        assert all(x.shape[:2] == (4, 2) and x.untyped_storage().nbytes() == x.numel() * 8 for x in state)
+    y, inputs = torch.cat(y, dim=2), dict(q=q, k=k, v=v, **dict(module.named_parameters()))
+    expected = plain_hybrid(module, q, k, v, keys[:, None, None])
+    assert_close(with_gradients(y, **inputs), with_gradients(expected, **inputs))
+    assert (y[0, :, :9] == 0).all()  # a query of padding that sees no key
 
 
 def test_the_hybrid_forms_no_T_by_T_weights():

@@ -105,13 +105,13 @@ def read_rows(path):
     return rows
 
 
-def rows_so_far(path, settings, concerned=lambda row: True):
+def rows_so_far(path, settings, concerned=lambda row: True, **were):
     """The rows that an earlier run left in path. ValueError if those concerned are of other settings: a table holds one
-    setting."""
+    setting. `were`: what newer settings are in rows that do not name them."""
     rows = read_rows(path)
     settings = json.loads(json.dumps(settings))  # tuples are lists in a file
-    found = {f"{flag(k)} {row.get(k)}": flag(k) for k, v in settings.items() for row in rows
-             if concerned(row) and row.get(k) != v}
+    found = {f"{flag(k)} {row.get(k, were.get(k))}": flag(k) for k, v in settings.items() for row in rows
+             if concerned(row) and row.get(k, were.get(k)) != v}
     if found:
         raise ValueError(f"{path} holds rows made with {', '.join(found)}: give the same "
                          f"{', '.join(dict.fromkeys(found.values()))}, or choose another --out")

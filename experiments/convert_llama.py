@@ -3,6 +3,7 @@
     python experiments/convert_llama.py --model FOLDER --data data/samsum             the table: softmax, Hedgehog, T2R
     python experiments/convert_llama.py --model SmolLM2-135M-Instruct.Q4_1.gguf ...   a GGUF file will do
     python experiments/convert_llama.py ... --text wiki.test.raw                      the perplexity on a text as well
+    python experiments/convert_llama.py ... --hybrid-window 64 --attentions softmax hedgehog window
 
 Any model of the Llama architecture: rotary embeddings, grouped queries, a decoding state in the model's own cache, so
 that `generate()` costs the same time and memory a token however long the past. In your own code:
@@ -32,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of this repository, which is no package
 from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
 from experiments.common import or_say, rows_so_far, with_names  # noqa: E402
-from hedgehog import FeatureMap, divide, linear_attention  # noqa: E402
+from hedgehog import FeatureMap, HybridAttention, divide, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance,
     reset_peak, save_json)
@@ -59,7 +60,8 @@ class LlamaConfig:
     model: str = opt("HuggingFaceTB/SmolLM2-135M-Instruct", "a Llama of transformers: folder, .gguf file or hub name")
     data: str = opt("data/samsum", "folder of SAMSum's train, val(idation) and test as CSV or JSON")
     attentions: tuple = opt(("softmax", "hedgehog", "hedgehog_exp", "t2r"), "rows, besides the model as it came",
-                            ("softmax", *MAPS))
+                            ("softmax", *MAPS, "window"))
+    hybrid_window: int = opt(0, "tokens that maps leave to softmax, and all that row `window` sees; 0: none, the paper")
     out: str = opt("runs/llama.json", "the rows; those that are there already are not made again")
     text: str = opt("", "a text file, for the perplexity of the converted language model")
     limit: int = opt(0, "train on only so many dialogues and test on as many; 0: all")
@@ -92,7 +94,9 @@ class LlamaConfig:
     def __post_init__(self):
         check_least(self, limit=0, max_length=1, max_new_tokens=1, distill_epochs=0, distill_lr=0, lora_epochs=0,
                     lora_lr=0, map_lr=0, rank=1, alpha=0, batch_size=1, generate_batch=1, generate_lengths=0,
-                    speed_batch=1)
+                    speed_batch=1, hybrid_window=0)
+        if "window" in self.attentions and not self.hybrid_window:
+            raise ValueError("the row `window` is softmax over the last tokens alone: say how many by --hybrid-window")
         if self.distill_lr_t2r is not None:
             check_least(self, distill_lr_t2r=0)
 
@@ -107,13 +111,14 @@ PATHS = {"model", "data", "text", "distill_text", "lora_text"}  # whose names co
 
 
 class StateLayer(DynamicLayer):
-    """One layer's past in a cache of transformers: in place of the keys, a state (B, K, P, D+1)."""
+    """One layer's past in a cache of transformers: in place of the keys, a state (B, K, P, D+1). A hybrid's window of
+    W tokens has its values (B, K, W, D+1) before that state, and its keys (B, K, W, D) in place of the values."""
 
     is_croppable, length = False, 0
 
-    def store(self, state, n_new):
+    def store(self, state, window, n_new):
         self.length, self.is_initialized, self.device = self.get_seq_length() + n_new, True, state.device
-        self.keys, self.values = state, state[..., :0]  # what a cache does to its keys for beams, it does to the state
+        self.keys, self.values = state, window  # what a cache does to its keys for beams, it does to the state
 
     def get_seq_length(self):
         return self.length if self.is_initialized else 0
@@ -183,11 +188,24 @@ def more_than_padding(seen, hidden, past):
     return "a mask that hides tokens from some later ones (packed sequences, or a sliding window beside padding)"
 
 
+class NoMap(torch.nn.Module):
+    """No features, so that nothing weighs anything but a hybrid's window: the row `window`, its control."""
+
+    feature_dim = 0
+
+    def forward(self, x, is_query=False):
+        return x[..., :0]
+
+    def log_shift(self, x):
+        return 0
+
+
 class HedgehogLlamaAttention(LlamaAttention):
     """A LlamaAttention whose class `swap` has changed: its projections and rotation, then maps and linear attention.
 
     A map for each of the H query heads and for each of the K key-value heads: as many keys as softmax has, so that the
-    state is G times smaller than with the keys repeated first, as in LoLCATs.
+    state is G times smaller than with the keys repeated first, as in LoLCATs. A `hybrid` holds the maps if there is
+    one. Its window counts places, and so visible tokens where padding is left or right of a text, but not inside.
     """
 
     def rotated(self, hidden_states, position_embeddings):
@@ -205,11 +223,18 @@ class HedgehogLlamaAttention(LlamaAttention):
         T = q.shape[2]
         check, past = T > 1 and self.layer_idx == 0, layer.get_seq_length()
         keys = visible_keys(attention_mask, position_ids, T, past, check)
-        phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k)                        # (B, H or K, T, P)
-        if keys is not None:
-            phi_k = phi_k.masked_fill(~keys[:, None, :, None], 0)                         # counts as no key
-        y, state = grouped_attention(phi_q, phi_k, v.to(phi_k.dtype), layer.keys)
-        layer.store(state, T)
+        if self.hybrid:
+            state = None
+            if layer.keys is not None:
+                state = layer.values, *layer.keys.tensor_split([self.hybrid.window], dim=2)
+            y, (window_k, window_v, S) = self.hybrid.attend(q, k, v, "auto", state, True, past, keys=keys)
+            layer.store(torch.cat((window_v, S), dim=2), window_k, T)
+        else:
+            phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k)                    # (B, H or K, T, P)
+            if keys is not None:
+                phi_k = phi_k.masked_fill(~keys[:, None, :, None], 0)                     # counts as no key
+            y, state = grouped_attention(phi_q, phi_k, v.to(phi_k.dtype), layer.keys)
+            layer.store(state, state[..., :0], T)
         return self.o_proj(y.to(v.dtype).transpose(1, 2).flatten(2)), None
 
 
@@ -240,14 +265,16 @@ def llama_layers(model):
     return layers
 
 
-def swap(model, kind="hedgehog", **map_options):
+def swap(model, kind="hedgehog", hybrid_window=0, **map_options):
     """Linear attention in every layer of a Llama of transformers, in place. Returns the model; `swap_back` undoes it.
 
     kind: one of MAPS; it and map_options as in hedgehog.FeatureMap. Projections stay, with their names. Rotated
     features depend on where a token stands, and not only on how far it is from others, so positions that are not given
     are counted from the first token that is not padding, also where transformers would count the padding.
+    hybrid_window: softmax weighs the last so many tokens and the map older ones, as in hedgehog.HybridAttention; the
+    kind "window" has nothing for them.
     """
-    if kind not in MAPS:
+    if kind not in (*MAPS, "window"):
         raise ValueError(f"{kind!r} is not a map of single heads and positions: choose one of {', '.join(MAPS)}")
     layers, maps = llama_layers(model), []
     H, K = model.config.num_attention_heads, model.config.num_key_value_heads
@@ -258,11 +285,16 @@ def swap(model, kind="hedgehog", **map_options):
             raise ValueError(f"a head width that does not match: {H} and {K} heads of {D} are not layer {i}'s "
                              f"{rows[0]} queries and {rows[1]} keys: load the model with the config it was saved with")
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        maps.append([FeatureMap(n, D, kind, **map_options).to(weight.device, dtype) for n in (H, K)])
+        alone, hybrid = kind == "window", None
+        map_q, map_k = (NoMap() if alone else FeatureMap(n, D, kind, **map_options) for n in (H, K))
+        if hybrid_window or alone:
+            hybrid = HybridAttention(H, D, "elu" if alone else kind, window=hybrid_window)
+            hybrid.map_q, hybrid.map_k, map_q, map_k = map_q, map_k, None, None
+        maps.append([module and module.to(weight.device, dtype) for module in (map_q, map_k, hybrid)])
     swap_back(model)
-    for layer, (map_q, map_k) in zip(layers, maps):
+    for layer, made in zip(layers, maps):
         layer.self_attn.__class__ = HedgehogLlamaAttention
-        layer.self_attn.map_q, layer.self_attn.map_k = map_q, map_k
+        layer.self_attn.map_q, layer.self_attn.map_k, layer.self_attn.hybrid = made
     model.model.position_hook = model.model.register_forward_pre_hook(count_positions, with_kwargs=True)
     return model
 
@@ -272,7 +304,7 @@ def swap_back(model):
     for layer in llama_layers(model):
         if isinstance(layer.self_attn, HedgehogLlamaAttention):
             layer.self_attn.__class__ = LlamaAttention
-            del layer.self_attn.map_q, layer.self_attn.map_k
+            del layer.self_attn.map_q, layer.self_attn.map_k, layer.self_attn.hybrid
     if hasattr(model.model, "position_hook"):
         model.model.position_hook.remove()
         del model.model.position_hook
@@ -333,9 +365,11 @@ def imitate(model, ids, mask, learn=False, loss=imitation_loss):
     def compare(attention, hidden_states, position_embeddings, **kwargs):
         q, k, _ = attention.rotated(hidden_states, position_embeddings)
         with torch.set_grad_enabled(learn):
-            phi_q, phi_k = attention.map_q(q, is_query=True), attention.map_k(k)
+            maps = attention.hybrid or attention
+            phi_q, phi_k = maps.map_q(q, is_query=True), maps.map_k(k)
             k, phi_k = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, phi_k))
-            both = torch.stack(loss(q, k, phi_q, phi_k, keep=mask.bool()))
+            hybrid = dict(window=maps.window, log_gate=maps.log_gate(q)) if attention.hybrid else {}
+            both = torch.stack(loss(q, k, phi_q, phi_k, keep=mask.bool(), **hybrid))
             if learn:
                 both[0].backward()
         losses.append(both.detach())
@@ -493,10 +527,11 @@ def measure_row(name, model, tokenizer, data, config, device):
     if name == "zero-shot" and data["text"]:  # tells whether the weights were read as they were meant
         row["text_first_block_ppl"] = text_perplexity(model, data["text"][:BLOCK], device)
         tqdm.write(f"perplexity of the first {BLOCK:,} tokens of the text: {row['text_first_block_ppl']:.2f}")
-    if name in MAPS:
-        swap(model, name)
-        row["kl_before"] = divergence(model, data["kl"], config, device)
-        if config.distill_epochs and maps_of(model):
+    if name in (*MAPS, "window"):
+        swap(model, name, config.hybrid_window)
+        if name in MAPS:  # the window alone is infinitely far from softmax, and has nothing to learn
+            row["kl_before"] = divergence(model, data["kl"], config, device)
+        if name in MAPS and config.distill_epochs and maps_of(model):
             reset_peak(device)
             own = config.distill_lr_t2r if name == "t2r" else None
             rate = row["distill_rate"] = config.distill_lr if own is None else own
@@ -526,7 +561,7 @@ def main(config):
     settings = {k: Path(v).name if k in PATHS else v for k, v in asdict(config).items() if k not in MAY_DIFFER}
     of_t2r, out = dict(distill_lr_t2r=config.distill_lr_t2r), Path(config.out)
     rows_so_far(out, of_t2r, lambda row: row["attention"] == "t2r")
-    rows = rows_so_far(out, settings)
+    rows = rows_so_far(out, settings, hybrid_window=0)
     lacking = [name for name in ("zero-shot", *config.attentions) if name not in {row["attention"] for row in rows}]
     if not lacking:
         tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
@@ -554,8 +589,9 @@ def table(rows):
 
     lengths = list(dict.fromkeys(n for row in rows for n in row["tokens_per_second"]))
     form = ("{:20}" + " {:>9}" * 9 + " {:>18}" * len(lengths)).format
-    lines = [form("", "R1", "R2", "RL", "/ softmax", "paper's", "text ppl", "/ softmax", "seconds", "GiB",
-                  *(f"tok/s, GiB@{n}" for n in lengths))]
+    window = rows[0].get("hybrid_window")
+    lines = [form(f"hybrid window {window}" if window else "", "R1", "R2", "RL", "/ softmax", "paper's", "text ppl",
+                  "/ softmax", "seconds", "GiB", *(f"tok/s, GiB@{n}" for n in lengths))]
     best = next((row for row in rows if row["attention"] == "softmax"), {})
     for row in rows:
         seconds = sum(row.get(f"{stage}_seconds", 0) for stage in ("distill", "lora", "generate"))

@@ -8,7 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,8 +35,11 @@ CPU = torch.device("cpu")
 EOS = 2
 
 
-def tiny(kv_heads=2, kind="hedgehog", dtype=torch.float64, implementation="sdpa", **changes):
-    """A random Llama of two layers; its maps, if `kind`, are random too."""
+each_kind = pytest.mark.parametrize("kind, window", [("hedgehog", 0), ("hedgehog_exp", 3), ("t2r", 1), ("window", 3)])
+
+
+def tiny(kv_heads=2, kind="hedgehog", window=0, dtype=torch.float64, implementation="sdpa", **changes):
+    """A random Llama of two layers; its maps and gates, if `kind`, are random too."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**dict(
         vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -44,7 +47,7 @@ def tiny(kv_heads=2, kind="hedgehog", dtype=torch.float64, implementation="sdpa"
         eos_token_id=EOS, pad_token_id=0, attn_implementation=implementation) | changes)
     model = transformers.LlamaForCausalLM(config).to(dtype).eval()
     if kind:
-        randomize(swap(model, kind))
+        randomize(swap(model, kind, window))
     return model
 
 
@@ -66,8 +69,9 @@ def logits(model, ids, **options):
 # ---------------------------------------------------------------- attention
 
 
-def test_attention_is_the_sum_over_rotated_features():
-    model = tiny()
+@each_kind
+def test_attention_is_the_sum_over_rotated_features(kind, window):
+    model = tiny(kind=kind, window=window)
     attention, seen = model.model.layers[1].self_attn, []
     attention.register_forward_hook(lambda module, args, kwargs, y: seen.extend((kwargs["hidden_states"], y[0])),
                                     with_kwargs=True)
@@ -83,21 +87,37 @@ def test_attention_is_the_sum_over_rotated_features():
 
     def phi(map, h, z):
         u = z @ map.weight[h]
-        return torch.cat((u.softmax(-1), (-u).softmax(-1)))
+        return dict(hedgehog=lambda: torch.cat((u.softmax(-1), (-u).softmax(-1))), t2r=lambda: (u + map.bias[h]).relu(),
+                    hedgehog_exp=lambda: torch.cat((u, -u)).exp())[kind]()
+
+    def weight(h, t, s):
+        q, k, maps = head(attention.q_proj, h, t), head(attention.k_proj, h // 2, s), attention.hybrid or attention
+        if t - s < window:
+            return (q @ k / math.sqrt(8)).exp()
+        gate = (q @ maps.map_gate[h] + maps.map_gate_bias[h]).exp() if window else 1
+        return 0 if kind == "window" else gate * (phi(maps.map_q, h, q) @ phi(maps.map_k, h // 2, k))
 
     for t in (0, 4, 8):
         heads = []
         for h in range(4):  # query heads 0 and 1 read key-value head 0, 2 and 3 read head 1
-            q = phi(attention.map_q, h, head(attention.q_proj, h, t))
-            a = [q @ phi(attention.map_k, h // 2, head(attention.k_proj, h // 2, s)) for s in range(t + 1)]
+            a = [weight(h, t, s) for s in range(t + 1)]
             v = [head(attention.v_proj, h // 2, s, rotate=False) for s in range(t + 1)]
             heads.append(sum(w * value for w, value in zip(a, v)) / sum(a))
         torch.testing.assert_close(attention.o_proj.weight @ torch.cat(heads), y[t], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["hedgehog", "t2r", "elu"])
-def test_grouped_queries_are_repeated_heads(kind):
-    grouped, repeated = tiny(2, kind), tiny(4, kind)
+def test_a_window_that_holds_the_text_is_softmax_and_the_window_alone_a_band_of_it():
+    softmax, ids = tiny(kind=None), some_ids(2, 6)
+    for kind in ("hedgehog", "window"):
+        torch.testing.assert_close(logits(tiny(kind=kind, window=6), ids), logits(softmax, ids))
+    band = logits(softmax, ids, attention_mask=masks()["window"])
+    torch.testing.assert_close(logits(tiny(kind="window", window=3), ids), band)
+    assert (band - logits(tiny(window=3), ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind, window", [("hedgehog", 0), ("t2r", 0), ("elu", 0), ("hedgehog_exp", 3), ("window", 3)])
+def test_grouped_queries_are_repeated_heads(kind, window):
+    grouped, repeated = tiny(2, kind, window), tiny(4, kind, window)
     weights = grouped.state_dict()
     for name in list(weights):
         if name.endswith(("k_proj.weight", "v_proj.weight")):
@@ -115,10 +135,11 @@ def test_grouped_queries_are_repeated_heads(kind):
     assert cache[0].layers[0].keys.shape[1] == 2 and cache[1].layers[0].keys.shape[1] == 4
 
 
+@each_kind
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_counts_for_nothing_on_either_side(side, implementation):
-    model, ids = tiny(implementation=implementation), some_ids()
+def test_padding_counts_for_nothing_on_either_side(side, implementation, kind, window):
+    model, ids = tiny(kind=kind, window=window, implementation=implementation), some_ids()
     mask = torch.ones_like(ids)
     real = slice(3, None) if side == "left" else slice(6)
     mask[0] = 0
@@ -131,24 +152,27 @@ def test_padding_counts_for_nothing_on_either_side(side, implementation):
         assert torch.equal(model.lm_head(model.model(ids, mask, None, None)[0]), padded)
 
 
-def test_padding_has_no_gradient():
-    model = tiny()
+@each_kind
+def test_padding_has_no_gradient(kind, window):
+    model = tiny(kind=kind, window=window)
     x = model.model.embed_tokens(some_ids()).detach().requires_grad_()
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
     model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits[0, 3:].square().sum().backward()
     assert (x.grad[0, :3] == 0).all() and (x.grad[0, 3:] != 0).any() and x.grad.isfinite().all()
 
 
-def test_swapping_back_restores_the_logits_to_the_bit():
+@each_kind
+def test_swapping_back_restores_the_logits_to_the_bit(kind, window):
     model, ids = tiny(kind=None, dtype=torch.float32), some_ids()
     mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
     before, names = logits(model, ids, attention_mask=mask), set(model.state_dict())
-    swap(model, "hedgehog")
+    swap(model, kind, window)
     randomize(model)
     after = logits(model, ids, attention_mask=mask)
     assert (before - after).abs().max() > 0.1
-    assert {name for name in model.state_dict() if ".map_" not in name} == names   # projections keep their names
-    swap(model, "t2r")  # takes the place of the first
+    assert set(model.state_dict()) - names == set(maps_of(model))                  # projections keep their names
+    assert set(copy.deepcopy(model).state_dict()) == set(model.state_dict())
+    swap(model, "t2r", 4 - window)  # takes the place of the first
     swap_back(copy.deepcopy(model))
     assert len(model.model._forward_pre_hooks) == 1  # the copy's is another
     assert swap_back(model) is model and set(model.state_dict()) == names
@@ -166,20 +190,25 @@ def step(model, ids, cache, mask=None):
     return model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache}).logits
 
 
-def test_token_by_token_is_the_full_forward_and_the_state_does_not_grow():
-    model, ids = tiny(), some_ids(2, 20)
+@each_kind
+def test_token_by_token_is_the_full_forward_and_the_state_does_not_grow(kind, window):
+    model, ids = tiny(kind=kind, window=window), some_ids(2, 20)
     full, cache = logits(model, ids), transformers.DynamicCache()
     sizes = set()
     for t in range(20):
         torch.testing.assert_close(step(model, ids[:, t:t + 1], cache)[:, 0], full[:, t], rtol=1e-9, atol=1e-9)
-        sizes |= {layer.keys.shape for layer in cache.layers}
+        states = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        sizes |= {x.shape for x in states}
         assert cache.get_seq_length() == t + 1
-    assert sizes == {(2, 2, 16, 9)}                                         # (B, K, P, D+1)
+        assert not window or all(x.untyped_storage().nbytes() == x.numel() * 8 for x in states)  # no view of more
+    P = dict(t2r=8, window=0).get(kind, 16)
+    assert sizes == {(2, 2, window + P, 9), (2, 2, window, 8) if window else (2, 2, P, 0)}  # (B, K, W+P, D+1), of keys
 
 
+@each_kind
 @pytest.mark.parametrize("pieces", [(12, 1, 1, 6), (1, 5, 1, 13), (7, 13)])
-def test_a_prompt_may_come_in_pieces_and_padded_on_the_left(pieces):
-    model, ids = tiny(), some_ids(2, 20)
+def test_a_prompt_may_come_in_pieces_and_padded_on_the_left(pieces, kind, window):
+    model, ids = tiny(kind=kind, window=window), some_ids(2, 20)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     full, cache, t, parts = logits(model, ids, attention_mask=mask), transformers.DynamicCache(), 0, []
@@ -191,9 +220,10 @@ def test_a_prompt_may_come_in_pieces_and_padded_on_the_left(pieces):
     torch.testing.assert_close(parts[1], full[1], rtol=1e-9, atol=1e-9)
 
 
+@each_kind
 @pytest.mark.parametrize("options", [{}, dict(num_beams=3), dict(num_beams=2, num_return_sequences=2)])
-def test_generate_writes_with_the_state_what_it_writes_without_a_cache(options):
-    model, ids = tiny(), some_ids(3, 12)
+def test_generate_writes_with_the_state_what_it_writes_without_a_cache(options, kind, window):
+    model, ids = tiny(kind=kind, window=window), some_ids(3, 12)
     mask = torch.ones_like(ids)
     mask[0, :5], mask[1, :2] = 0, 0
     settings = dict(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, **options)
@@ -232,8 +262,9 @@ def test_weights_that_are_never_formed_are_not_given_out():
     assert len(swap_back(model)(input_ids=ids).attentions) == 2
 
 
-def test_the_rows_of_a_cache_can_be_repeated_and_chosen():
-    model, ids, caches = tiny(), some_ids(2, 9), [transformers.DynamicCache() for _ in range(2)]
+@each_kind
+def test_the_rows_of_a_cache_can_be_repeated_and_chosen(kind, window):
+    model, ids, caches = tiny(kind=kind, window=window), some_ids(2, 9), [transformers.DynamicCache() for _ in range(2)]
     step(model, ids[:, :8], caches[0])
     step(model, ids[:, :8].repeat_interleave(3, dim=0)[[5, 0, 1]], caches[1])
     caches[0].batch_repeat_interleave(3)
@@ -299,7 +330,10 @@ def test_another_architecture_head_width_or_map_is_refused():
     with pytest.raises(ValueError, match="GPT2LMHeadModel is not of the Llama architecture; supported is"):
         swap(gpt2)
     with pytest.raises(ValueError, match="'cosformer' is not a map of single heads and positions: choose one of"):
-        swap(tiny(), "cosformer")
+        swap(tiny(), "cosformer", 3)
+    for kind, window in (("hedgehog", -1), ("window", 0)):
+        with pytest.raises(ValueError, match=f"a hybrid needs a window of at least 1 token, got {window}"):
+            swap(tiny(), kind, window)
 
 
 @pytest.mark.parametrize("kind", [None, "elu"])
@@ -331,11 +365,13 @@ def test_a_peft_model_is_refused_with_what_to_do_and_that_works():
         torch.testing.assert_close(logits(model, ids), expected)
 
 
-def test_maps_and_states_are_float32_at_least():
+@each_kind
+def test_maps_and_states_are_float32_at_least(kind, window):
     for dtype, held in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
-        model, cache = tiny(dtype=dtype), transformers.DynamicCache()
+        model, cache = tiny(kind=kind, window=window, dtype=dtype), transformers.DynamicCache()
         assert step(model, some_ids(), cache).dtype == dtype
-        assert {p.dtype for p in maps_of(model).values()} == {layer.keys.dtype for layer in cache.layers} == {held}
+        states = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        assert {x.dtype for x in (*states, *maps_of(model).values())} == {held}
 
 
 # ---------------------------------------------------------------- training
@@ -353,30 +389,36 @@ def parameters(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_a_layer_is_compared_on_the_teachers_own_activations():
-    model, ids = tiny(), some_ids(2, 9)
+@pytest.mark.parametrize("kind, window", [("hedgehog", 0), ("hedgehog", 1), ("hedgehog_exp", 3)])
+def test_a_layer_is_compared_on_the_teachers_own_activations(kind, window):
+    model, ids = tiny(kind=kind, window=window), some_ids(2, 9)
     mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 9])
     losses = convert_llama.imitate(model, ids, mask)
     teacher = swap_back(tiny(implementation="eager"))
     hidden = teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True, output_attentions=True)
-    for i, layer in enumerate(tiny().model.layers):
+    for i, layer in enumerate(tiny(kind=kind, window=window).model.layers):
         x = layer.input_layernorm(hidden.hidden_states[i])
         rotation = teacher.model.rotary_emb(x, torch.arange(9)[None])
-        q, k, _ = layer.self_attn.rotated(x, rotation)
-        phi_k = layer.self_attn.map_k(k).repeat_interleave(2, dim=1)
-        a = attention_weights(layer.self_attn.map_q(q, is_query=True), phi_k)
+        (q, k, _), maps = layer.self_attn.rotated(x, rotation), layer.self_attn.hybrid or layer.self_attn
+        k, phi_k = (x.repeat_interleave(2, dim=1) for x in (k, maps.map_k(k)))
+        a = attention_weights(maps.map_q(q, is_query=True), phi_k)
+        if window:  # what it attends with: where the values are the identity's rows, the outputs are the weights
+            values = torch.eye(9, dtype=x.dtype).expand(2, 2, 9, 9)
+            a = maps.attend(q, k[:, ::2], values, "auto", None, False, 0, keys=mask.bool())
         p, rows = hidden.attentions[i], []                                  # (B, H, T, T)
         for b, n in enumerate(mask.sum(-1)):
             rows += [-(p[b, :, t, :t + 1] * a[b, :, t, :t + 1].log()).sum(-1) for t in range(n)]
         assert losses[i, 0].item() == pytest.approx(torch.stack(rows).mean().item(), abs=1e-6)
         assert losses[i, 0] >= losses[i, 1] > 0
-    torch.testing.assert_close(logits(model, ids), logits(tiny(), ids))                 # linear again
+    torch.testing.assert_close(logits(model, ids), logits(tiny(kind=kind, window=window), ids))  # linear again
 
 
-@pytest.mark.parametrize("kind", ["hedgehog", "t2r"])
-def test_distillation_moves_the_maps_alone_and_nearer_to_softmax(kind):
+@pytest.mark.parametrize("kind, window", [("hedgehog", 0), ("t2r", 0), ("hedgehog", 3), ("elu", 3)])
+def test_distillation_moves_the_maps_alone_and_nearer_to_softmax(kind, window):
     model = tiny(kind=None, dtype=torch.float32)
-    swap(model, kind)
+    swap(model, kind, window)
+    learned = {name.split(".")[-1] for name in maps_of(model)}
+    assert ({"map_gate", "map_gate_bias"} <= learned) == (window > 0)
     before, kl = parameters(model), convert_llama.divergence(model, examples(), CONFIG, CPU)
     convert_llama.distill(model, examples(), CONFIG, CPU)
     after = parameters(model)
@@ -437,9 +479,9 @@ def test_the_updates_count_alpha_over_rank_times():
 
 
 @pytest.mark.parametrize("map_lr", [0.0, 1e-2])
-@pytest.mark.parametrize("kind", [None, "hedgehog"])
-def test_lora_adds_low_rank_updates_to_the_projections_and_moves_the_maps_only_if_told_to(kind, map_lr):
-    model = tiny(kind=kind, dtype=torch.float32)
+@pytest.mark.parametrize("kind, window", [(None, 0), ("hedgehog", 0), ("hedgehog", 3), ("window", 3)])
+def test_lora_adds_low_rank_updates_to_the_projections_and_moves_the_maps_only_if_told_to(kind, window, map_lr):
+    model = tiny(kind=kind, window=window, dtype=torch.float32)
     before, first = parameters(model), convert_llama.summary_loss(model, CPU, examples()).item()
     config = replace(CONFIG, map_lr=map_lr, lora_epochs=10, gradient_checkpointing=bool(map_lr))
     convert_llama.finetune(model, examples(), config, CPU)
@@ -448,7 +490,7 @@ def test_lora_adds_low_rank_updates_to_the_projections_and_moves_the_maps_only_i
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     projections = {name for name in before if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "o_proj")}
     assert after.keys() == before.keys() and len(projections) == 8
-    assert moved == projections | (set(maps_of(model)) if map_lr and kind else set())
+    assert moved == projections | (set(maps_of(model)) if map_lr and kind == "hedgehog" else set())
     for name in projections:
         assert torch.linalg.svdvals(after[name] - before[name])[2:].max() < 1e-4         # --rank 2
     torch.testing.assert_close(parameters(swap_back(model))[min(projections)], after[min(projections)])
@@ -781,14 +823,44 @@ def test_t2r_may_have_a_rate_of_its_own_which_its_row_keeps(folder, tmp_path, mo
     assert rates[2:] == [2e-2, 2e-2]
 
 
+def test_rows_have_one_hybrid_window_and_beside_hybrids_its_control(folder, tmp_path, capsys):
+    out, flags = tmp_path / "rows.json", "--limit 2 --generate-lengths 8"
+    convert_llama.main(parse(folder, out, f"{flags} --hybrid-window 3 --attentions softmax hedgehog elu window"))
+    printed, rows = capsys.readouterr().out, json.loads(out.read_text())
+    assert "hybrid window 3 " in printed and "window + LoRA" in printed
+    assert {row["hybrid_window"] for row in rows} == {3}
+    kept = {row["attention"]: {"kl_before", "kl", "distilled_text_ppl", "lora_seconds"} & row.keys() for row in rows}
+    assert kept["hedgehog"] == kept["elu"] == {"kl_before", "kl", "distilled_text_ppl", "lora_seconds"}  # gates learn
+    assert kept["window"] == {"distilled_text_ppl", "lora_seconds"}
+    assert len({row["text_ppl"] for row in rows}) == len(rows)
+    for other in ("", "--hybrid-window 4"):
+        with pytest.raises(ValueError, match="rows made with --hybrid-window 3: give the same --hybrid-window"):
+            convert_llama.main(parse(folder, out, f"{flags} {other}"))
+
+
+def test_committed_rows_of_before_there_was_a_hybrid_can_be_continued(tmp_path, monkeypatch):
+    out, made, committed = tmp_path / "x.json", [], ROOT / "experiments" / "results" / "llama.json"
+    rows = [row for row in json.loads(committed.read_text()) if row["attention"] != "t2r"]  # whose --distill-lr differs
+    out.write_text(json.dumps(rows))
+    names = {f.name for f in fields(LlamaConfig)} - convert_llama.MAY_DIFFER
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in rows[-1].items() if k in names}
+    config = LlamaConfig(**settings, out=str(out), attentions=("elu",))
+    monkeypatch.setattr(convert_llama, "load", lambda *args: made.append("loaded") or sys.exit())
+    with pytest.raises(SystemExit):  # all is well up to here
+        convert_llama.main(config)
+    assert made == ["loaded"] and "hybrid_window" not in rows[-1]
+    with pytest.raises(ValueError, match="holds rows made with --hybrid-window 0: give the same --hybrid-window"):
+        convert_llama.main(replace(config, hybrid_window=64))
+
+
 def test_the_defaults_touch_no_committed_rows():
     config = LlamaConfig()
     assert config.out == "runs/llama.json" and {"softmax", "hedgehog", "hedgehog_exp", "t2r"} == {*config.attentions}
 
 
-@pytest.mark.parametrize("kind", [None, "hedgehog"])
-def test_the_speed_is_that_of_the_whole_batch_after_a_prompt_read_in_pieces(kind, monkeypatch):
-    model, config, clock, widths = tiny(kind=kind, dtype=torch.float32), LlamaConfig(speed_batch=3), iter(range(99)), []
+@pytest.mark.parametrize("kind, window", [(None, 0), ("hedgehog", 0), ("hedgehog", 3), ("window", 3)])
+def test_the_speed_is_that_of_the_whole_batch_after_a_prompt_read_in_pieces(kind, window, monkeypatch):
+    model, config, clock, widths = tiny(2, kind, window, torch.float32), LlamaConfig(speed_batch=3), iter(range(99)), []
     monkeypatch.setattr(convert_llama, "BLOCK", 4)
     monkeypatch.setattr(convert_llama, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 2))
     real, written = model.generate, []
@@ -855,6 +927,8 @@ def test_a_text_may_be_learned_before_the_summaries(folder, tmp_path):
     ("--data {tmp}/nowhere", "nowhere has to hold SAMSum's test split"),
     ("--max-length 0", "--max-length must be at least 1"),
     ("--limit -1", "--limit must be at least 0"),
+    ("--hybrid-window -1", "--hybrid-window must be at least 0"),
+    ("--attentions softmax window", "softmax over the last tokens alone: say how many by --hybrid-window"),
     ("--generate-lengths 8 -8", "--generate-lengths must be at least 0"),
     ("--distill-epochs -1", "--distill-epochs must be at least 0"),
     ("--lora-epochs -1", "--lora-epochs must be at least 0"),
