@@ -26,8 +26,10 @@ import convert_llama
 import peft
 import transformers
 from convert_gpt2 import maps_of
-from convert_llama import LlamaConfig, swap, swap_back
+from convert_llama import LlamaConfig
 from data import samsum
+from experiments import hedgehog_llama
+from experiments.hedgehog_llama import swap, swap_back
 from hedgehog import attention_weights
 from train_gpt import parse_config
 
@@ -316,7 +318,7 @@ def test_masks_that_can_be_honoured_are_and_others_are_refused():
             logits(model, ids, attention_mask=mask)
     with pytest.raises(ValueError, match=REFUSED("a mask that hides .*packed")):
         logits(model, ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1))
-    visible, flash = convert_llama.visible_keys, torch.tensor([[0, 1, 1, 1]])
+    visible, flash = hedgehog_llama.visible_keys, torch.tensor([[0, 1, 1, 1]])
     assert visible(flash, None, 2, 2).tolist() == [[True, True]] and visible(None, None, 4, 0) is None
     restart = torch.tensor([[0, 1, 0, 1]])  # packed: flash attention has no mask then
     for mask, positions, past, called in ((None, restart, 0, "position_ids"), (flash, None, 2, "a mask of 4 keys where "
