@@ -948,7 +948,7 @@ def test_bad_input_is_told_in_a_sentence(flags, sentence, folder, tmp_path):
 
 
 def test_it_can_be_imported_from_the_root_of_the_repository():
-    code = "from experiments.convert_llama import maps_of, swap, swap_back"
+    code = "from experiments.hedgehog_llama import swap, swap_back; import experiments.convert_llama"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
