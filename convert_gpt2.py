@@ -8,7 +8,7 @@
 
 The teacher is GPT-2 from the Hugging Face hub, a folder that holds its two files, or a run of train_gpt.py. All
 results go into one summary.json in --out, where each conversion has a folder: in it distilled/ holds the maps alone,
-and finetuned/ is a run of train_gpt.py: sample.py writes with it, and train_gpt.py --resume goes on with it.
+and finetuned/ is a run of train_gpt.py: sample.py writes with it, train_gpt.py --resume --steps N trains it further.
 """
 
 import json

@@ -78,6 +78,26 @@ def test_a_resumed_run_continues_to_the_last_bit(text_dir, tmp_path, monkeypatch
         assert all(torch.equal(p[k], q[k]) for k in p)
 
 
+def test_a_finished_run_is_trained_further_by_command_and_an_unfinished_one_only_to_its_end(text_dir, tmp_path,
+                                                                                            monkeypatch):
+    out, more = tmp_path / "run", ["--out", str(tmp_path / "run"), "--resume", "--steps"]
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train_gpt, "interrupts", lambda say: stop_after(5))
+        train(config(text_dir, out, "--eval-every", "4"))
+    with pytest.raises(ValueError, match="has made 5 of its 6 steps: --resume goes on without --steps"):
+        train(parse_config(TrainConfig, PRESETS, [*more, "9"]))
+    train(parse_config(TrainConfig, PRESETS, more[:-1]))
+    before = rows(out)
+    with pytest.raises(ValueError, match="has made 6 of its 6 steps.*with a larger one"):
+        train(parse_config(TrainConfig, PRESETS, [*more, "5"]))
+    result = script("train_gpt.py", *more, "9")
+    assert result.returncode == 0, result.stderr
+    assert [r[0] for r in rows(out)] == ["0", "4", "6", "8", "9"] and rows(out)[:3] == before
+    c = parse_config(TrainConfig, PRESETS, more[:-1])  # as it is resumed from now on
+    assert c.steps == 9 and float(rows(out)[3][1]) == pytest.approx(train_gpt.learning_rate(8, c), rel=1e-5)
+    assert json.loads((out / "summary.json").read_text())["steps"] == 9
+
+
 def test_a_run_leaves_what_a_reader_needs(text_dir, tmp_path):
     summary = train(config(text_dir, tmp_path / "run"))
     files = {p.name for p in (tmp_path / "run").iterdir()}
