@@ -432,7 +432,8 @@ def ratio(row, rows):
 
 
 class Results:
-    """summary.json of --out: a row for each stage of each conversion, whatever run made it."""
+    """summary.json of --out: a row for each stage of each conversion, whatever run made it. Its seconds and peak_gib
+    are those of the training, and of the evaluation where nothing was trained (teacher and swapped)."""
 
     def __init__(self, folder, device):
         self.path, self.device = folder / "summary.json", device
@@ -494,8 +495,11 @@ def convert(config, *, held):
     data = find_text(stage2, teacher, tokenizer)
 
     def measure(model):
-        batch = config.batch_size // config.accum
-        return evaluate_splits(model.to(device).eval(), data, stage2.block_size, batch, device, autocast)
+        """Its perplexities, and what it took to find them."""
+        reset_peak(device)
+        began, batch = time.perf_counter(), config.batch_size // config.accum
+        found = evaluate_splits(model.to(device).eval(), data, stage2.block_size, batch, device, autocast)
+        return found | dict(seconds=time.perf_counter() - began, peak_gib=peak_gib(device))
 
     say(f"{name}: {config.teacher or 'the tiny softmax model'} with {config.attention} attention, on {why}")
     results, base = Results(folder, device), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
@@ -526,13 +530,15 @@ def convert(config, *, held):
         elif config.distill_steps or config.maps:
             reset_peak(device)
             seconds, kl = distill(student, data, stage1, device, autocast, say)
-            cost = dict(tokens=stage1.steps * stage1.batch_size * stage1.block_size, peak_gib=peak_gib(device))
-            results.add(**row, stage="distilled", **measure(student), **kl, seconds=seconds, **cost)
+            cost = dict(tokens=stage1.steps * stage1.batch_size * stage1.block_size, seconds=seconds,
+                        peak_gib=peak_gib(device))
+            results.add(**row, stage="distilled", **measure(student) | kl | cost)
     reset_peak(device)
     summary = train(stage2, student)
     if config.steps:
-        kept = ("parameters", "tokens", "best_step", "peak_gib", *before)
-        results.add(**row, stage="finetuned", seconds=summary["train_seconds"], **{k: summary[k] for k in kept})
+        kept = ("parameters", "tokens", "best_step", *before)
+        summary["seconds"] = summary["train_seconds"]
+        results.add(**row, stage="finetuned", **{k: summary[k] for k in kept})
     if config.export:
         gpt2_files().export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
         say(f"wrote {config.export}")

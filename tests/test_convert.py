@@ -313,7 +313,7 @@ def test_a_conversion_leaves_what_a_reader_needs(command, tmp_path, teacher):
         ("hedgehog", "hedgehog", "swapped", 0), ("hedgehog", "hedgehog", "distilled", 768),
         ("hedgehog", "hedgehog", "finetuned", 512)]
     needed = {"valid_ppl", "test_ppl", "seconds", "peak_gib", "device", "command", "commit"}
-    assert all(needed <= r.keys() and math.isfinite(r["test_ppl"]) for r in rows)
+    assert all(needed <= r.keys() and math.isfinite(r["test_ppl"]) and r["seconds"] > 0 for r in rows)
     _, _, swapped, distilled, finetuned = rows
     for r in (swapped, distilled):
         for c, e, kl in zip(r["cross_entropy"], r["entropy"], r["kl"], strict=True):
@@ -326,6 +326,24 @@ def test_a_conversion_leaves_what_a_reader_needs(command, tmp_path, teacher):
     assert rows[0]["valid_nats"] == pytest.approx(json.loads((teacher / "summary.json").read_text())["valid_nats"])
     table = str(results).splitlines()
     assert len(table) == 6 and f"{finetuned['test_ppl'] / rows[1]['test_ppl']:.3f}" in table[-1].split()
+
+
+def test_every_row_has_its_seconds_and_its_peak_memory(command, tmp_path, monkeypatch):
+    peaks, evaluations = [], iter((7.0, 5.0, 100.0))                 # of memory; of the teacher, swapped and distilled
+    clock, whole = [0.0], convert_gpt2.evaluate_splits
+
+    def evaluate(*args):
+        clock[0] += next(evaluations)
+        peaks[-1] += 0.5                                             # what is not above the peak of something before
+        return whole(*args)
+    monkeypatch.setattr(convert_gpt2, "evaluate_splits", evaluate)
+    monkeypatch.setattr(convert_gpt2, "reset_peak", lambda device: peaks.append(float(len(peaks))))
+    monkeypatch.setattr(convert_gpt2, "peak_gib", lambda device: peaks[-1])
+    monkeypatch.setattr(train_gpt, "peak_gib", lambda device: peaks[-1])
+    monkeypatch.setattr(convert_gpt2.time, "perf_counter", lambda: clock[0])
+    rows = command("--no-reference", "--steps", "1").rows
+    assert [(r["stage"], r["seconds"], r["peak_gib"]) for r in rows] == [
+        ("teacher", 7.0, 0.5), ("swapped", 5.0, 1.5), ("distilled", 0.0, 2.0), ("finetuned", 0.0, 4.0)]
 
 
 def test_stage_1_trains_the_maps_alone_and_stage_2_everything(command, tmp_path, teacher):
