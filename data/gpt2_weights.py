@@ -103,6 +103,10 @@ def load_gpt2(folder):
             stored = {n if n.startswith(("transformer.", "lm_head.")) else "transformer." + n: n for n in f.keys()
                       if not re.search(r"\.attn\.(masked_)?bias$", n)}
             shapes = {n: tuple(f.get_slice(s).get_shape()) for n, s in stored.items()}
+            dtypes = {n: f.get_slice(s).get_dtype() for n, s in stored.items()}
+            odd = [f"{n} ({dtype})" for n, dtype in dtypes.items() if "F" not in dtype]   # as in F32, F16 and BF16
+            if odd:
+                raise ValueError(f"{path} holds weights that are not floating-point: {some(odd)}: get the file again")
             head = stored.pop("lm_head.weight", None) if model.config.tie_head else None
             wrong = [n for n, p in expected.items() if n in stored and conv1d(n, p).shape != shapes[n]]
             if expected.keys() != stored.keys() or wrong:

@@ -765,6 +765,9 @@ def test_the_files_of_the_hub_are_read(hub_folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["wte.weight"].clone()}, folder / "model.safetensors")
     assert torch.equal(load_gpt2(folder)(idx)[0], model(idx)[0])
+    for dtype in (torch.float16, torch.bfloat16):
+        save_file({name: p.to(dtype) for name, p in tensors.items()}, folder / "model.safetensors")
+        assert torch.equal(load_gpt2(folder).lm_head.weight, model.lm_head.weight.to(dtype).float())
 
 
 def change_tensors(change):
@@ -812,6 +815,8 @@ BAD_FOLDERS = {
                   r"missing: none; left over: transformer\.extra"),
     "transposed": (change_tensors(transpose), r"another shape: transformer\.h\.1\.mlp\.c_fc\.weight"),
     "not finite": (change_tensors(lambda t: t["ln_f.weight"].fill_(math.nan)), "ln_f.weight.*not finite"),
+    "integers": (change_tensors(lambda t: t.update({"wte.weight": t["wte.weight"].int()})),
+                 r"not floating-point: transformer\.wte\.weight \(I32\): get the file again"),
     "a head of its own": (change_tensors(lambda t: t.update({"lm_head.weight": t["wte.weight"] + 1})),
                           "tie_word_embeddings"),
     "too many layers": (change_config(n_layer=3), r"missing: transformer\.h\.2.*and 7 more"),
