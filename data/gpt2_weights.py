@@ -27,6 +27,7 @@ try:
 except ImportError:
     raise ValueError("GPT-2's files need safetensors: pip install safetensors") from None
 
+SIZES = ("vocab_size", "n_positions", "block_size", "n_layer", "n_head", "n_embd")  # in config.json
 HUB = "https://huggingface.co/openai-community/{}/resolve/main/{}"
 
 
@@ -138,6 +139,9 @@ def some(names):
 def gpt2_config(path):
     try:
         given = json.loads(path.read_text())
+        for name, size in (given | given.get("hedgehog", {})).items():
+            if name in SIZES and (type(size) is not int or size < 1):
+                raise ValueError(f"{name} is {size!r}, it must be a whole number of at least 1: get the file again")
         if "hedgehog" in given:
             return GPTConfig(**given["hedgehog"])
         # What our GPT has fixed: another value would load, and then compute something else.
@@ -146,11 +150,13 @@ def gpt2_config(path):
                      add_cross_attention=False)
         odd = [f"{k}={given[k]}" for k, v in fixed.items() if given.get(k) not in (None, v)]
         if odd:
-            raise ValueError(f"{path} is not of a plain GPT-2 ({', '.join(odd)}): it cannot be converted here")
+            raise ValueError(f"not of a plain GPT-2 ({', '.join(odd)}): it cannot be converted here")
         return GPTConfig(block_size=given["n_positions"], tie_head=given.get("tie_word_embeddings", True),
                          attention="softmax", **{k: given[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")})
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged, or not GPT-2's ({type(e).__name__}: {e}): get it again") from e
+    except ValueError as e:  # of the lines above, or of GPTConfig
+        raise ValueError(f"{path}: {e}") from e
 
 
 def export(model, folder):

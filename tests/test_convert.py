@@ -821,12 +821,16 @@ BAD_FOLDERS = {
                           "tie_word_embeddings"),
     "too many layers": (change_config(n_layer=3), r"missing: transformer\.h\.2.*and 7 more"),
     "no layers": (change_config(n_layer=...), "damaged, or not GPT-2's.*n_layer"),
+    "half a token": (change_config(vocab_size=2.5), "config.json: vocab_size is 2.5, it must be a whole number"),
+    "less than no layers": (change_config(n_layer=-1), "config.json: n_layer is -1, it must be a whole number"),
+    "half a position in ours": (change_config(hedgehog=dict(block_size=2.5)), "config.json: block_size is 2.5, it"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "damaged, or not GPT-2's"),
     "not json": (lambda f: (f / "config.json").write_bytes(b"\xff{"), "damaged, or not GPT-2's"),
     "another gelu": (change_config(activation_function="relu"), "not of a plain GPT-2 .activation_function=relu"),
     "another model": (change_config(model_type="llama"), "not of a plain GPT-2"),
     "another width inside": (change_config(n_inner=99), "not of a plain GPT-2 .n_inner=99"),
-    "heads that do not divide": (change_config(n_head=3), "divisible"),
+    "heads that do not divide": (change_config(n_head=3), "config.json: n_embd=16 must be divisible by n_head=3"),
+    "ours that is none": (change_config(hedgehog=3), "damaged, or not GPT-2's"),
 }
 
 
