@@ -16,7 +16,7 @@ import math
 import os
 import re
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from train_gpt import PRESETS as TRAIN_PRESETS
 
 EVAL_BLOCKS = 32  # of the validation text, evenly spread, on which the maps are compared with softmax
 KINDS = ("cross_entropy", "entropy", "kl")
-GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2, GPT2_TOKENS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), 50257
 MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 
 
@@ -486,7 +486,12 @@ def convert(config, *, held):
     folder, name, say = table_folder(config), run_name(config), tqdm.write
     device, dtype, why = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
-    find_data(config, rank=0, world=1)  # what it lacks is better told before a download than after
+    meta = find_data(config, rank=0, world=1)["meta"]  # what it lacks is better told before a download than after
+    if config.teacher in GPT2:
+        check_text(meta, GPT2_TOKENS, None)
+    check_can_be_made(folder / name, "--out")
+    if config.export:
+        check_can_be_made(Path(config.export), "--export")
     teacher, tokenizer = load_teacher(config)
     student = swap(teacher, config)
     stage1 = stage_config(config, student, "distilled", steps=config.distill_steps, accum=1, lr=config.distill_lr,
@@ -547,12 +552,28 @@ def convert(config, *, held):
 
 def find_text(config, teacher, tokenizer):
     data = find_data(config, rank=0, world=1)
-    meta, vocab_size = data["meta"], teacher.config.vocab_size
+    check_text(data["meta"], teacher.config.vocab_size, tokenizer)
+    return data
+
+
+def check_text(meta, vocab_size, tokenizer):
     if meta["vocab_size"] != vocab_size or tokenizer not in (None, meta["tokenizer"]):
         raise ValueError(f"the text has {meta['vocab_size']} different tokens ({meta['tokenizer']}), the teacher "
                          f"{vocab_size} ({tokenizer or 'tokenizer unknown'}): make a text for it with data/prepare.py "
                          "and --tokenizer, and name its folder with --data")
-    return data
+
+
+def check_can_be_made(folder, flag):
+    """Make the folder and take it away again: that it cannot be made is told now, and not after hours."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"{flag}: {folder} cannot be made ({e.strerror}): choose another folder") from e
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it was not made, or another conversion writes there by now
+                path.rmdir()
 
 
 def was_begun(config):

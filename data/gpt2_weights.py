@@ -11,6 +11,7 @@ import re
 import shutil
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,12 +36,16 @@ def download_teacher(name):
     """The folder with GPT-2's two files, fetched from the Hugging Face hub at the first use."""
     folder = HERE / "data" / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "model.safetensors"):
-        path, url = folder / file, HUB.format(name, file)
-        if path.exists():
-            continue
-        download([url], path, partial(is_whole, expected=hub_sha256(url)), f"get {url} elsewhere and put it at {path}")
-        save_sha256(path)
+    try:
+        for file in ("config.json", "model.safetensors"):
+            path, url = folder / file, HUB.format(name, file)
+            if not path.exists():
+                remedy = f"get {url} elsewhere and put it at {path}"
+                download([url], path, partial(is_whole, expected=hub_sha256(url)), remedy)
+                save_sha256(path)
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # which it does if nothing came
     return folder
 
 

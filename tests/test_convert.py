@@ -886,6 +886,7 @@ def hub(hub_folder, monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(gpt2_weights, "HUB", f"http://127.0.0.1:{server.server_port}" + "/{}/resolve/main/{}")
     monkeypatch.setattr(gpt2_weights, "HERE", tmp_path / "here")
+    monkeypatch.setattr(convert_gpt2, "GPT2_TOKENS", 256)
     yield server
     server.shutdown()
     server.server_close()
@@ -923,8 +924,10 @@ def test_a_page_in_place_of_a_file_is_noticed_without_its_sha256_too(hub, comman
 def test_without_a_network_the_message_says_what_to_put_where(command, monkeypatch, tmp_path):
     monkeypatch.setattr(gpt2_weights, "HUB", "http://127.0.0.1:9/{}/{}")
     monkeypatch.setattr(gpt2_weights, "HERE", tmp_path)
+    monkeypatch.setattr(convert_gpt2, "GPT2_TOKENS", 256)
     with pytest.raises(ValueError, match=f"get http://.*/gpt2/config.json elsewhere and put it at {tmp_path}/data/"):
         command("--teacher", "gpt2")
+    assert not (tmp_path / "data/gpt2").exists()
 
 
 # ---------------------------------------------------------------- the command line
@@ -974,6 +977,25 @@ def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, 
     with pytest.raises(SystemExit) as e:
         cli(lambda: command(*flags))
     assert e.value.code == 2 and re.search(words, capsys.readouterr().err) and not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--teacher", "gpt2"], "256 different tokens.*the teacher 50257"),
+    (["--export", "{}/file/exported"], "--export: .*/file/exported cannot be made"),
+    (["--out", "{}/file"], "--out: .*/file/hedgehog cannot be made")])
+def test_what_needs_no_teacher_is_told_before_one_is_fetched(command, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(convert_gpt2, "load_teacher", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=words):
+        command(*[text.format(tmp_path) for text in flags])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_can_be_made_is_neither_left_behind_nor_taken_away(tmp_path):
+    (tmp_path / "there/full").mkdir(parents=True)
+    for folder in ("new/deep", "there", "there/full"):
+        convert_gpt2.check_can_be_made(tmp_path / folder, "--out")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["there", "there/full"]
 
 
 def test_results_of_another_teacher_are_not_mixed_in_and_other_flags_do_not_resume(command, tmp_path, text_dir):
