@@ -197,6 +197,21 @@ def test_an_epoch_shows_every_block_once_and_each_epoch_in_another_order():
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_the_steps_of_an_epoch_read_every_block_once_and_no_two_the_same(n_parts):
+    c = TrainConfig(block_size=32, batch_size=6, seed=5)
+    tokens = np.arange(1000, dtype="<u2")                                # each is its own place
+    steps = []
+    for step in range(10):                                               # 5 steps of 6 are an epoch of 30 blocks
+        parts = [train_gpt.get_batch(tokens, c, step, part, n_parts, CPU) for part in range(n_parts)]
+        assert all(torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(32)) for x, y in parts)
+        steps.append([start for x, _ in parts for start in x[:, 0].tolist()])
+    assert not set(steps[0]) & set(steps[1])
+    for epoch in (0, 1):
+        seen = [start for step in steps[5 * epoch:5 * epoch + 5] for start in step]
+        assert seen == train_gpt.epoch_starts(1000, 32, 5, epoch).tolist()
+
+
 def test_only_matrices_decay_and_maps_have_their_own_learning_rate():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, feature_bias=True, short_conv=3,
                           hybrid_window=2))
