@@ -31,7 +31,8 @@ from data.gpt2_weights import export, load_gpt2
 from data.prepare import main as prepare_main
 from hedgehog import GPT, FeatureMap, GPTConfig, linear_attention
 from sample import sample
-from train_gpt import TrainConfig, add_lora, cli, load_checkpoint, load_model, merge_lora, parse_config, train
+from train_gpt import (
+    TrainConfig, add_lora, cli, get_batch, load_checkpoint, load_model, merge_lora, parse_config, train)
 
 MODEL = "--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --device cpu".split()
 SMALL = ("--sample-tokens 2 --steps 4 --distill-steps 6 --batch-size 4 --distill-batch-size 4 --eval-every 3 "
@@ -561,6 +562,23 @@ def test_maps_of_an_earlier_run_are_taken_over_and_measured_elsewhere(command, t
         command(*flags, "--feature-bias", "--block-size", "16", "--name", "other")
 
 
+def test_a_conversion_of_another_length_gets_a_reference_of_that_length(command):
+    flags = ["--distill-steps", "0", "--steps"]
+    command(*flags, "1")
+    rows = command(*flags, "2", "--name", "longer").rows
+    assert [r["tokens"] for r in convert_gpt2.references(rows)] == [128, 256]
+    assert len(command(*flags, "2", "--name", "again").rows) == len(rows) + 2              # that has one already
+
+
+def test_both_stages_read_on_in_the_text(command, monkeypatch):
+    read = {train_gpt: [], convert_gpt2: []}
+    for module, steps in read.items():
+        monkeypatch.setattr(module, "get_batch", lambda tokens, config, step, *rest, steps=steps:
+                            steps.append(step) or get_batch(tokens, config, step, *rest))
+    command("--no-reference")
+    assert read == {train_gpt: [*range(4)], convert_gpt2: [*range(6)]}
+
+
 def test_the_default_trains_its_teacher_first(tmp_path, monkeypatch, text_dir, capsys):
     monkeypatch.chdir(tmp_path)
     small = dict(zip([f[2:].replace("-", "_") for f in MODEL[::2]], [2, 2, 16, 32, "cpu"]))
@@ -661,9 +679,19 @@ def test_low_rank_updates_start_at_nothing_train_alone_and_merge_into_plain_weig
 
 def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path):
     command("--no-reference", "--lora-rank", "2", "--export", str(tmp_path / "exported"))
-    finetuned = load_model(tmp_path / "table" / "hedgehog" / "finetuned" / "best.pt")[0]
+    path = tmp_path / "table" / "hedgehog" / "finetuned" / "best.pt"
+    finetuned, checkpoint = load_model(path)
     exported, idx = load_gpt2(tmp_path / "exported"), torch.randint(256, (2, 32))
     assert exported.config.attention == "hedgehog" and torch.equal(exported(idx)[0], finetuned(idx)[0])
+    unmerged = GPT(GPTConfig(**checkpoint["model_config"]))       # as it was trained: the updates beside the weights
+    add_lora(unmerged, 2)
+    unmerged.load_state_dict(checkpoint["model"])
+    trained = unmerged.eval()(idx)[0]
+    torch.testing.assert_close(exported(idx)[0], trained, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for name, p in unmerged.named_parameters():
+            p.mul_(not name.endswith("lora_B"))
+    assert (trained - unmerged(idx)[0]).abs().max() > 1e-2        # and they matter
 
 
 # ---------------------------------------------------------------- GPT-2's files
