@@ -356,7 +356,8 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = checkpoint["state"]
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "log.csv", state["step"], ("step", "tokens", "lr", "train_cross_entropy", *KINDS, "seconds",
+    about = provenance(device)
+    log = Log(out / "log.csv", state["step"], ("step", "tokens", "lr", "train_cross_entropy", *KINDS, "seconds", *about,
                                                *(f"{kind}_{i}" for kind in KINDS for i in range(len(layers)))))
 
     def save():
@@ -375,7 +376,7 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
                 save()
                 log.write((step, step * config.batch_size * config.block_size, learning_rate(step, config),
                            state["loss_sum"] / max(1, state["loss_count"]), *means, state["seconds"],
-                           *(x for kind in KINDS for x in report[kind])))
+                           *about.values(), *(x for kind in KINDS for x in report[kind])))
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break

@@ -508,12 +508,12 @@ class Log:
     def __init__(self, path, start, columns=columns):
         self.columns = columns
         kept = io.StringIO(newline="")
-        writer = csv.DictWriter(kept, self.columns)
+        writer = csv.DictWriter(kept, self.columns, restval="-")  # for a log that is older than some columns
         writer.writeheader()
         if start and path.exists():
             with path.open(newline="") as f:  # a row cut short by a crash is dropped
                 writer.writerows(row for row in csv.DictReader(f)
-                                 if set(row) == set(self.columns) and all(row.values()) and int(row["step"]) < start)
+                                 if set(row) <= set(self.columns) and all(row.values()) and int(row["step"]) < start)
         write_atomically(path, lambda f: f.write(kept.getvalue().encode()))
         self.file = path.open("a", newline="")
         self.writer = csv.DictWriter(self.file, self.columns)

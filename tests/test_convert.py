@@ -324,6 +324,9 @@ def test_a_conversion_leaves_what_a_reader_needs(command, tmp_path, teacher):
     log = log_rows(out / "hedgehog" / "distilled" / "log.csv")
     assert [r["step"] for r in log] == ["0", "3", "6"]
     assert [float(log[-1][f"kl_{i}"]) for i in range(2)] == pytest.approx(distilled["kl"], rel=1e-4)
+    for stage in ("distilled", "finetuned"):
+        for r in log_rows(out / "hedgehog" / stage / "log.csv"):
+            assert all(r[key] == finetuned[key] for key in ("command", "commit", "torch", "python", "device"))
     assert rows[0]["valid_nats"] == pytest.approx(json.loads((teacher / "summary.json").read_text())["valid_nats"])
     table = str(results).splitlines()
     assert len(table) == 6 and f"{finetuned['test_ppl'] / rows[1]['test_ppl']:.3f}" in table[-1].split()

@@ -484,6 +484,13 @@ def test_a_row_that_cannot_be_written_comes_after_its_checkpoint_and_is_made_goo
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
+def test_a_log_older_than_some_columns_keeps_its_rows(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,valid\n0,5\n3,4\n4,3,2\n5\n6,3\n")                             # two are damaged
+    train_gpt.Log(path, 6, ("step", "valid", "commit"))
+    assert path.read_text().split() == ["step,valid,commit", "0,5,-", "3,4,-"]
+
+
 def test_a_log_is_cut_without_a_moment_in_which_it_is_lost(text_dir, tmp_path, monkeypatch):
     train(config(text_dir, tmp_path / "run"))
     before = (tmp_path / "run" / "log.csv").read_bytes()
