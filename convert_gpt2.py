@@ -329,6 +329,8 @@ def learn_maps_alone(model):
 def load_maps(model, path):
     """Into `model`, the feature maps of a checkpoint of `distill` or of train_gpt.py. Returns the checkpoint."""
     checkpoint, maps = load_checkpoint(path), maps_of(model)
+    if not maps:
+        raise ValueError(f"--attention {model.config.attention} learns no maps that {path} could hold: leave out --maps")
     given = {name: p for name, p in checkpoint["model"].items() if name in maps}
     layers, known = tuple({name.split("map_")[0] for name in maps}), model.state_dict()  # some may keep softmax
     more = [name for name in checkpoint["model"] if name.startswith(layers) and name not in known]
