@@ -41,8 +41,9 @@ MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 @dataclass
 class ConvertConfig:
     preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "wikitext103-fast", "gpt2"))
-    teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json; a run or .pt file of "
-                       "train_gpt.py. Empty: runs/tiny-softmax, trained if it is not there")
+    teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json, and a "
+                       "model.safetensors.sha256 if the weights are to be checked; a run or .pt file of train_gpt.py. "
+                       "Empty: runs/tiny-softmax, trained if it is not there")
     attention: str = opt("hedgehog", "the feature map, of Hedgehog's two hedgehog_exp is the better; softmax: only "
                          "finetune the teacher", ATTENTIONS)
     data: str = opt("", "folder made by data/prepare.py; empty: that of a --teacher of train_gpt.py, else data/pydoc")
@@ -71,7 +72,7 @@ class ConvertConfig:
     maps: str = opt("", "start from the maps of this checkpoint: a distilled/last.pt, or any of a model like this one")
     distill_steps: int = opt(400, "optimizer steps of stage 1; 0: no distillation")
     distill_batch_size: int = opt(8, "sequences a step of stage 1")
-    distill_lr: float = opt(1e-2, "peak learning rate of stage 1")
+    distill_lr: float = opt(1e-2, "peak learning rate of stage 1; on the tiny model t2r learns best at 1e-3")
     # stage 2: the language-modelling loss, as in train_gpt.py
     steps: int = opt(300, "optimizer steps of stage 2; 0: no finetuning")
     batch_size: int = opt(8, "sequences a step of stage 2")
@@ -330,7 +331,7 @@ def load_maps(model, path):
     """Into `model`, the feature maps of a checkpoint of `distill` or of train_gpt.py. Returns the checkpoint."""
     checkpoint, maps = load_checkpoint(path), maps_of(model)
     if not maps:
-        raise ValueError(f"--attention {model.config.attention} learns no maps that {path} could hold: leave out --maps")
+        raise ValueError(f"{model.config.attention} learns no maps that {path} could hold: leave out --maps")
     given = {name: p for name, p in checkpoint["model"].items() if name in maps}
     layers, known = tuple({name.split("map_")[0] for name in maps}), model.state_dict()  # some may keep softmax
     more = [name for name in checkpoint["model"] if name.startswith(layers) and name not in known]

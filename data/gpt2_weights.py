@@ -92,7 +92,8 @@ def save_sha256(path):
 
 
 def load_gpt2(folder):
-    """A GPT, softmax or linear, from a folder with model.safetensors and config.json: GPT-2's own, or of --export."""
+    """A GPT, softmax or linear, from a folder with model.safetensors and config.json: GPT-2's own, or of --export.
+    Both have a model.safetensors.sha256, which is checked; without one any weights of the right shapes are taken."""
     folder = Path(folder)
     config_path, path = folder / "config.json", folder / "model.safetensors"
     for needed in (config_path, path):
