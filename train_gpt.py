@@ -790,6 +790,8 @@ def build(config, meta, device, model=None):
     if config.steps != planned and not made == planned < config.steps:
         raise ValueError(f"the run in {run_folder(config)} has made {made} of its {planned} steps: --resume goes on "
                          "without --steps, and with a larger one where all are made")
+    if config.steps > planned and planned % config.eval_every:  # the last row has these losses, and stays
+        checkpoint["state"].update(loss_sum=0.0, loss_count=0)
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return model, optimizer, checkpoint["state"]

@@ -90,12 +90,15 @@ def test_a_finished_run_is_trained_further_by_command_and_an_unfinished_one_only
     before = rows(out)
     with pytest.raises(ValueError, match="has made 6 of its 6 steps.*with a larger one"):
         train(parse_config(TrainConfig, PRESETS, [*more, "5"]))
-    result = script("train_gpt.py", *more, "9")
+    result = script("train_gpt.py", *more, "7")
     assert result.returncode == 0, result.stderr
-    assert [r[0] for r in rows(out)] == ["0", "4", "6", "8", "9"] and rows(out)[:3] == before
-    c = parse_config(TrainConfig, PRESETS, more[:-1])  # as it is resumed from now on
-    assert c.steps == 9 and float(rows(out)[3][1]) == pytest.approx(train_gpt.learning_rate(8, c), rel=1e-5)
-    assert json.loads((out / "summary.json").read_text())["steps"] == 9
+    assert [r[0] for r in rows(out)] == ["0", "4", "6", "7"] and rows(out)[:3] == before
+    assert load_checkpoint(out / "last.pt")["state"]["loss_count"] == 1                  # that of step 6 alone
+    assert json.loads((out / "summary.json").read_text())["steps"] == 7
+    train(parse_config(TrainConfig, PRESETS, [*more, "9"]))
+    c = parse_config(TrainConfig, PRESETS, more[:-1])                                    # as it is resumed from now on
+    assert c.steps == 9 and [r[0] for r in rows(out)] == ["0", "4", "6", "7", "8", "9"]
+    assert float(rows(out)[4][1]) == pytest.approx(train_gpt.learning_rate(8, c), rel=1e-5)
 
 
 def test_a_run_leaves_what_a_reader_needs(text_dir, tmp_path):
