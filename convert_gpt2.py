@@ -8,7 +8,7 @@
 
 The teacher is GPT-2 from the Hugging Face hub, a folder that holds its two files, or a run of train_gpt.py. All
 results go into one summary.json in --out, where each conversion has a folder: in it distilled/ holds the maps alone,
-and finetuned/ is a run of train_gpt.py: sample.py writes with it, and train_gpt.py --resume goes on with it.
+and finetuned/ is a run of train_gpt.py: sample.py writes with it, train_gpt.py --resume --steps N trains it further.
 """
 
 import json
@@ -16,7 +16,7 @@ import math
 import os
 import re
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -34,15 +34,16 @@ from train_gpt import PRESETS as TRAIN_PRESETS
 
 EVAL_BLOCKS = 32  # of the validation text, evenly spread, on which the maps are compared with softmax
 KINDS = ("cross_entropy", "entropy", "kl")
-GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2, GPT2_TOKENS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), 50257
 MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 
 
 @dataclass
 class ConvertConfig:
     preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "wikitext103-fast", "gpt2"))
-    teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json; a run or .pt file of "
-                       "train_gpt.py. Empty: runs/tiny-softmax, trained if it is not there")
+    teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json, and a "
+                       "model.safetensors.sha256 if the weights are to be checked; a run or .pt file of train_gpt.py. "
+                       "Empty: runs/tiny-softmax, trained if it is not there")
     attention: str = opt("hedgehog", "the feature map, of Hedgehog's two hedgehog_exp is the better; softmax: only "
                          "finetune the teacher", ATTENTIONS)
     data: str = opt("", "folder made by data/prepare.py; empty: that of a --teacher of train_gpt.py, else data/pydoc")
@@ -71,7 +72,7 @@ class ConvertConfig:
     maps: str = opt("", "start from the maps of this checkpoint: a distilled/last.pt, or any of a model like this one")
     distill_steps: int = opt(400, "optimizer steps of stage 1; 0: no distillation")
     distill_batch_size: int = opt(8, "sequences a step of stage 1")
-    distill_lr: float = opt(1e-2, "peak learning rate of stage 1")
+    distill_lr: float = opt(1e-2, "peak learning rate of stage 1; on the tiny model t2r learns best at 1e-3")
     # stage 2: the language-modelling loss, as in train_gpt.py
     steps: int = opt(300, "optimizer steps of stage 2; 0: no finetuning")
     batch_size: int = opt(8, "sequences a step of stage 2")
@@ -329,6 +330,8 @@ def learn_maps_alone(model):
 def load_maps(model, path):
     """Into `model`, the feature maps of a checkpoint of `distill` or of train_gpt.py. Returns the checkpoint."""
     checkpoint, maps = load_checkpoint(path), maps_of(model)
+    if not maps:
+        raise ValueError(f"{model.config.attention} learns no maps that {path} could hold: leave out --maps")
     given = {name: p for name, p in checkpoint["model"].items() if name in maps}
     layers, known = tuple({name.split("map_")[0] for name in maps}), model.state_dict()  # some may keep softmax
     more = [name for name in checkpoint["model"] if name.startswith(layers) and name not in known]
@@ -356,7 +359,8 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = checkpoint["state"]
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "log.csv", state["step"], ("step", "tokens", "lr", "train_cross_entropy", *KINDS, "seconds",
+    about = provenance(device)
+    log = Log(out / "log.csv", state["step"], ("step", "tokens", "lr", "train_cross_entropy", *KINDS, "seconds", *about,
                                                *(f"{kind}_{i}" for kind in KINDS for i in range(len(layers)))))
 
     def save():
@@ -375,7 +379,7 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
                 save()
                 log.write((step, step * config.batch_size * config.block_size, learning_rate(step, config),
                            state["loss_sum"] / max(1, state["loss_count"]), *means, state["seconds"],
-                           *(x for kind in KINDS for x in report[kind])))
+                           *about.values(), *(x for kind in KINDS for x in report[kind])))
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
@@ -432,7 +436,8 @@ def ratio(row, rows):
 
 
 class Results:
-    """summary.json of --out: a row for each stage of each conversion, whatever run made it."""
+    """summary.json of --out: a row for each stage of each conversion, whatever run made it. Its seconds and peak_gib
+    are those of the training, and of the evaluation where nothing was trained (teacher and swapped)."""
 
     def __init__(self, folder, device):
         self.path, self.device = folder / "summary.json", device
@@ -485,7 +490,12 @@ def convert(config, *, held):
     folder, name, say = table_folder(config), run_name(config), tqdm.write
     device, dtype, why = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
-    find_data(config, rank=0, world=1)  # what it lacks is better told before a download than after
+    meta = find_data(config, rank=0, world=1)["meta"]  # what it lacks is better told before a download than after
+    if config.teacher in GPT2:
+        check_text(meta, GPT2_TOKENS, None)
+    check_can_be_made(folder / name, "--out")
+    if config.export:
+        check_can_be_made(Path(config.export), "--export")
     teacher, tokenizer = load_teacher(config)
     student = swap(teacher, config)
     stage1 = stage_config(config, student, "distilled", steps=config.distill_steps, accum=1, lr=config.distill_lr,
@@ -494,8 +504,11 @@ def convert(config, *, held):
     data = find_text(stage2, teacher, tokenizer)
 
     def measure(model):
-        batch = config.batch_size // config.accum
-        return evaluate_splits(model.to(device).eval(), data, stage2.block_size, batch, device, autocast)
+        """Its perplexities, and what it took to find them."""
+        reset_peak(device)
+        began, batch = time.perf_counter(), config.batch_size // config.accum
+        found = evaluate_splits(model.to(device).eval(), data, stage2.block_size, batch, device, autocast)
+        return found | dict(seconds=time.perf_counter() - began, peak_gib=peak_gib(device))
 
     say(f"{name}: {config.teacher or 'the tiny softmax model'} with {config.attention} attention, on {why}")
     results, base = Results(folder, device), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
@@ -526,13 +539,15 @@ def convert(config, *, held):
         elif config.distill_steps or config.maps:
             reset_peak(device)
             seconds, kl = distill(student, data, stage1, device, autocast, say)
-            cost = dict(tokens=stage1.steps * stage1.batch_size * stage1.block_size, peak_gib=peak_gib(device))
-            results.add(**row, stage="distilled", **measure(student), **kl, seconds=seconds, **cost)
+            cost = dict(tokens=stage1.steps * stage1.batch_size * stage1.block_size, seconds=seconds,
+                        peak_gib=peak_gib(device))
+            results.add(**row, stage="distilled", **measure(student) | kl | cost)
     reset_peak(device)
     summary = train(stage2, student)
     if config.steps:
-        kept = ("parameters", "tokens", "best_step", "peak_gib", *before)
-        results.add(**row, stage="finetuned", seconds=summary["train_seconds"], **{k: summary[k] for k in kept})
+        kept = ("parameters", "tokens", "best_step", *before)
+        summary["seconds"] = summary["train_seconds"]
+        results.add(**row, stage="finetuned", **{k: summary[k] for k in kept})
     if config.export:
         gpt2_files().export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
         say(f"wrote {config.export}")
@@ -541,12 +556,28 @@ def convert(config, *, held):
 
 def find_text(config, teacher, tokenizer):
     data = find_data(config, rank=0, world=1)
-    meta, vocab_size = data["meta"], teacher.config.vocab_size
+    check_text(data["meta"], teacher.config.vocab_size, tokenizer)
+    return data
+
+
+def check_text(meta, vocab_size, tokenizer):
     if meta["vocab_size"] != vocab_size or tokenizer not in (None, meta["tokenizer"]):
         raise ValueError(f"the text has {meta['vocab_size']} different tokens ({meta['tokenizer']}), the teacher "
                          f"{vocab_size} ({tokenizer or 'tokenizer unknown'}): make a text for it with data/prepare.py "
                          "and --tokenizer, and name its folder with --data")
-    return data
+
+
+def check_can_be_made(folder, flag):
+    """Make the folder and take it away again: that it cannot be made is told now, and not after hours."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"{flag}: {folder} cannot be made ({e.strerror}): choose another folder") from e
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it was not made, or another conversion writes there by now
+                path.rmdir()
 
 
 def was_begun(config):

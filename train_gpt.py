@@ -8,7 +8,9 @@
     torchrun --nproc-per-node 8 train_gpt.py ...           the same run on several GPUs
 
 A run is a folder: config.json, log.csv (one row an evaluation), last.pt and best.pt, summary.json. Add --resume to the
-command of a run that was stopped and it goes on along the same curve: on as many CPU threads to the last bit.
+command of a run that was stopped and it goes on along the same curve: on as many CPU threads to the last bit. With
+--resume and a larger --steps a finished run, or the finetuned/ of a conversion, is trained further: the learning rate
+rises again, to where the longer schedule has it.
 """
 
 import argparse
@@ -102,7 +104,7 @@ class TrainConfig:
     hybrid_window: int = opt(0, "tokens that every linear layer sees by softmax, and older ones by its map, not in the "
                              "paper; 0: none")
     # optimisation
-    steps: int = opt(1000, "optimizer steps")
+    steps: int = opt(1000, "optimizer steps; with --resume a larger number trains a finished run further")
     batch_size: int = opt(8, "sequences a step, over all processes and micro-batches")
     accum: int = opt(1, "micro-batches a step; doubling it halves the memory, not the batch")
     lr: float = opt(4e-3, "peak learning rate")
@@ -158,7 +160,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default == "" else super()._get_help_string(action)
 
 
-def parse_config(config_class, presets=None, argv=None, saved_config=saved_config, may_change=MAY_CHANGE_ON_RESUME):
+def parse_config(config_class, presets=None, argv=None, saved_config=saved_config,
+                 may_change=MAY_CHANGE_ON_RESUME | {"steps"}):  # of a finished run, as `build` sees to
     """Command line -> config. Flags come first, then the run that --resume goes on with, then the preset."""
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__.split("\n")[0],
                                      formatter_class=HelpFormatter, allow_abbrev=False)
@@ -505,12 +508,12 @@ class Log:
     def __init__(self, path, start, columns=columns):
         self.columns = columns
         kept = io.StringIO(newline="")
-        writer = csv.DictWriter(kept, self.columns)
+        writer = csv.DictWriter(kept, self.columns, restval="-")  # for a log that is older than some columns
         writer.writeheader()
         if start and path.exists():
             with path.open(newline="") as f:  # a row cut short by a crash is dropped
                 writer.writerows(row for row in csv.DictReader(f)
-                                 if set(row) == set(self.columns) and all(row.values()) and int(row["step"]) < start)
+                                 if set(row) <= set(self.columns) and all(row.values()) and int(row["step"]) < start)
         write_atomically(path, lambda f: f.write(kept.getvalue().encode()))
         self.file = path.open("a", newline="")
         self.writer = csv.DictWriter(self.file, self.columns)
@@ -687,9 +690,11 @@ def train(config, model=None, *, held):
         for name in names[1:]:
             second_name(out / names[0], out / name)
 
-    log, about = Log(out / "log.csv", state["step"]) if rank == 0 else None, provenance(device)
+    first, about = state["step"], provenance(device)
+    kept = first % config.eval_every > 0 and first < config.steps  # a finished run's last row is not written again
+    log = Log(out / "log.csv", first + kept) if rank == 0 else None
     state.setdefault("commands", []).append(about["command"])
-    seconds, first, tokens_per_step = [], state["step"], config.batch_size * config.block_size
+    seconds, tokens_per_step = [], config.batch_size * config.block_size
     begun, since, quiet = [], 0.0, rank > 0 or None  # None: no bar where there is no terminal
 
     def settle(n):
@@ -781,6 +786,12 @@ def build(config, meta, device, model=None):
             if key == "tokenizer":
                 how = f"tokenizer was {checkpoint['meta'][key]}, --data has {meta[key]}"
             raise ValueError(f"the run in {run_folder(config)} was trained on another text ({how}): mend --data")
+    made, planned = checkpoint["state"]["step"], checkpoint["config"]["steps"]
+    if config.steps != planned and not made == planned < config.steps:
+        raise ValueError(f"the run in {run_folder(config)} has made {made} of its {planned} steps: --resume goes on "
+                         "without --steps, and with a larger one where all are made")
+    if config.steps > planned and planned % config.eval_every:  # the last row has these losses, and stays
+        checkpoint["state"].update(loss_sum=0.0, loss_count=0)
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return model, optimizer, checkpoint["state"]

@@ -11,6 +11,7 @@ import re
 import shutil
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ try:
 except ImportError:
     raise ValueError("GPT-2's files need safetensors: pip install safetensors") from None
 
+SIZES = ("vocab_size", "n_positions", "block_size", "n_layer", "n_head", "n_embd")  # in config.json
 HUB = "https://huggingface.co/openai-community/{}/resolve/main/{}"
 
 
@@ -34,12 +36,16 @@ def download_teacher(name):
     """The folder with GPT-2's two files, fetched from the Hugging Face hub at the first use."""
     folder = HERE / "data" / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "model.safetensors"):
-        path, url = folder / file, HUB.format(name, file)
-        if path.exists():
-            continue
-        download([url], path, partial(is_whole, expected=hub_sha256(url)), f"get {url} elsewhere and put it at {path}")
-        save_sha256(path)
+    try:
+        for file in ("config.json", "model.safetensors"):
+            path, url = folder / file, HUB.format(name, file)
+            if not path.exists():
+                remedy = f"get {url} elsewhere and put it at {path}"
+                download([url], path, partial(is_whole, expected=hub_sha256(url)), remedy)
+                save_sha256(path)
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # which it does if nothing came
     return folder
 
 
@@ -86,7 +92,8 @@ def save_sha256(path):
 
 
 def load_gpt2(folder):
-    """A GPT, softmax or linear, from a folder with model.safetensors and config.json: GPT-2's own, or of --export."""
+    """A GPT, softmax or linear, from a folder with model.safetensors and config.json: GPT-2's own, or of --export.
+    Both have a model.safetensors.sha256, which is checked; without one any weights of the right shapes are taken."""
     folder = Path(folder)
     config_path, path = folder / "config.json", folder / "model.safetensors"
     for needed in (config_path, path):
@@ -103,6 +110,10 @@ def load_gpt2(folder):
             stored = {n if n.startswith(("transformer.", "lm_head.")) else "transformer." + n: n for n in f.keys()
                       if not re.search(r"\.attn\.(masked_)?bias$", n)}
             shapes = {n: tuple(f.get_slice(s).get_shape()) for n, s in stored.items()}
+            dtypes = {n: f.get_slice(s).get_dtype() for n, s in stored.items()}
+            odd = [f"{n} ({dtype})" for n, dtype in dtypes.items() if "F" not in dtype]   # as in F32, F16 and BF16
+            if odd:
+                raise ValueError(f"{path} holds weights that are not floating-point: {some(odd)}: get the file again")
             head = stored.pop("lm_head.weight", None) if model.config.tie_head else None
             wrong = [n for n, p in expected.items() if n in stored and conv1d(n, p).shape != shapes[n]]
             if expected.keys() != stored.keys() or wrong:
@@ -134,6 +145,9 @@ def some(names):
 def gpt2_config(path):
     try:
         given = json.loads(path.read_text())
+        for name, size in (given | given.get("hedgehog", {})).items():
+            if name in SIZES and (type(size) is not int or size < 1):
+                raise ValueError(f"{name} is {size!r}, it must be a whole number of at least 1: get the file again")
         if "hedgehog" in given:
             return GPTConfig(**given["hedgehog"])
         # What our GPT has fixed: another value would load, and then compute something else.
@@ -142,11 +156,13 @@ def gpt2_config(path):
                      add_cross_attention=False)
         odd = [f"{k}={given[k]}" for k, v in fixed.items() if given.get(k) not in (None, v)]
         if odd:
-            raise ValueError(f"{path} is not of a plain GPT-2 ({', '.join(odd)}): it cannot be converted here")
+            raise ValueError(f"not of a plain GPT-2 ({', '.join(odd)}): it cannot be converted here")
         return GPTConfig(block_size=given["n_positions"], tie_head=given.get("tie_word_embeddings", True),
                          attention="softmax", **{k: given[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")})
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged, or not GPT-2's ({type(e).__name__}: {e}): get it again") from e
+    except ValueError as e:  # of the lines above, or of GPTConfig
+        raise ValueError(f"{path}: {e}") from e
 
 
 def export(model, folder):

@@ -31,7 +31,8 @@ from data.gpt2_weights import export, load_gpt2
 from data.prepare import main as prepare_main
 from hedgehog import GPT, FeatureMap, GPTConfig, linear_attention
 from sample import sample
-from train_gpt import TrainConfig, add_lora, cli, load_checkpoint, load_model, merge_lora, parse_config, train
+from train_gpt import (
+    TrainConfig, add_lora, cli, get_batch, load_checkpoint, load_model, merge_lora, parse_config, train)
 
 MODEL = "--n-layer 2 --n-head 2 --n-embd 16 --block-size 32 --device cpu".split()
 SMALL = ("--sample-tokens 2 --steps 4 --distill-steps 6 --batch-size 4 --distill-batch-size 4 --eval-every 3 "
@@ -313,7 +314,7 @@ def test_a_conversion_leaves_what_a_reader_needs(command, tmp_path, teacher):
         ("hedgehog", "hedgehog", "swapped", 0), ("hedgehog", "hedgehog", "distilled", 768),
         ("hedgehog", "hedgehog", "finetuned", 512)]
     needed = {"valid_ppl", "test_ppl", "seconds", "peak_gib", "device", "command", "commit"}
-    assert all(needed <= r.keys() and math.isfinite(r["test_ppl"]) for r in rows)
+    assert all(needed <= r.keys() and math.isfinite(r["test_ppl"]) and r["seconds"] > 0 for r in rows)
     _, _, swapped, distilled, finetuned = rows
     for r in (swapped, distilled):
         for c, e, kl in zip(r["cross_entropy"], r["entropy"], r["kl"], strict=True):
@@ -323,9 +324,30 @@ def test_a_conversion_leaves_what_a_reader_needs(command, tmp_path, teacher):
     log = log_rows(out / "hedgehog" / "distilled" / "log.csv")
     assert [r["step"] for r in log] == ["0", "3", "6"]
     assert [float(log[-1][f"kl_{i}"]) for i in range(2)] == pytest.approx(distilled["kl"], rel=1e-4)
+    for stage in ("distilled", "finetuned"):
+        for r in log_rows(out / "hedgehog" / stage / "log.csv"):
+            assert all(r[key] == finetuned[key] for key in ("command", "commit", "torch", "python", "device"))
     assert rows[0]["valid_nats"] == pytest.approx(json.loads((teacher / "summary.json").read_text())["valid_nats"])
     table = str(results).splitlines()
     assert len(table) == 6 and f"{finetuned['test_ppl'] / rows[1]['test_ppl']:.3f}" in table[-1].split()
+
+
+def test_every_row_has_its_seconds_and_its_peak_memory(command, tmp_path, monkeypatch):
+    peaks, evaluations = [], iter((7.0, 5.0, 100.0))                 # of memory; of the teacher, swapped and distilled
+    clock, whole = [0.0], convert_gpt2.evaluate_splits
+
+    def evaluate(*args):
+        clock[0] += next(evaluations)
+        peaks[-1] += 0.5                                             # what is not above the peak of something before
+        return whole(*args)
+    monkeypatch.setattr(convert_gpt2, "evaluate_splits", evaluate)
+    monkeypatch.setattr(convert_gpt2, "reset_peak", lambda device: peaks.append(float(len(peaks))))
+    monkeypatch.setattr(convert_gpt2, "peak_gib", lambda device: peaks[-1])
+    monkeypatch.setattr(train_gpt, "peak_gib", lambda device: peaks[-1])
+    monkeypatch.setattr(convert_gpt2.time, "perf_counter", lambda: clock[0])
+    rows = command("--no-reference", "--steps", "1").rows
+    assert [(r["stage"], r["seconds"], r["peak_gib"]) for r in rows] == [
+        ("teacher", 7.0, 0.5), ("swapped", 5.0, 1.5), ("distilled", 0.0, 2.0), ("finetuned", 0.0, 4.0)]
 
 
 def test_stage_1_trains_the_maps_alone_and_stage_2_everything(command, tmp_path, teacher):
@@ -409,9 +431,8 @@ def test_a_conversion_to_the_hybrid_distils_its_gates_too(command, tmp_path, att
     assert model.config.hybrid_window == 4
     assert torch.equal(load_gpt2(tmp_path / "exported")(idx)[0], model(idx)[0])
     flags = ["--maps", str(tmp_path / "table" / name / "distilled/last.pt"), "--attention", attention, "--no-reference"]
-    if weights:  # without any there is nothing to load
-        with pytest.raises(ValueError, match="--hybrid-window or none"):
-            command(*flags, "--name", "other")
+    with pytest.raises(ValueError, match="--hybrid-window or none" if weights else "elu learns no maps.*leave out --m"):
+        command(*flags, "--name", "other")
     rows = command(*flags, "--hybrid-window", "8", "--distill-steps", "0", "--steps", "1").rows   # another length fits
     assert rows[-1]["name"] == f"{attention}-hybrid8" and rows[-2]["stage"] == "distilled"
 
@@ -487,11 +508,11 @@ def test_the_result_is_sampled_and_trained_further(command, tmp_path, flags):
         assert sample(folder, prompt="The fox", tokens=5, device="cpu", write=lambda text: None).startswith("The fox")
     saved = load_checkpoint(out / "last.pt")
     assert any(".lora_" in name for name in saved["model"]) == bool(flags)
-    longer = replace(TrainConfig(**saved["config"]), steps=6, resume=True, out=str(out))
+    longer = parse_config(TrainConfig, train_gpt.PRESETS, ["--out", str(out), "--resume", "--steps", "6"])
     train(longer)
-    assert load_checkpoint(out / "last.pt")["state"]["step"] == 6
-    again = parse_config(TrainConfig, train_gpt.PRESETS, ["--out", str(out), "--resume"])  # as `train_gpt.py --resume`
-    assert again.lora_rank == longer.lora_rank and again.steps == 6
+    assert load_checkpoint(out / "last.pt")["state"]["step"] == 6 and longer.lora_rank == 2 * bool(flags)
+    with pytest.raises(ValueError, match="has made 6 of its 6 steps"):  # which are not the conversion's
+        command("--resume")
 
 
 @pytest.mark.parametrize("flags", [["--attention", "elu"], ["--attention", "performer"], ["--attention", "cosformer"],
@@ -541,6 +562,23 @@ def test_maps_of_an_earlier_run_are_taken_over_and_measured_elsewhere(command, t
     assert len(longer["kl"]) == 2 and longer["kl"] != first["kl"]
     with pytest.raises(ValueError, match="does not hold the feature maps of this model.*--attention"):
         command(*flags, "--feature-bias", "--block-size", "16", "--name", "other")
+
+
+def test_a_conversion_of_another_length_gets_a_reference_of_that_length(command):
+    flags = ["--distill-steps", "0", "--steps"]
+    command(*flags, "1")
+    rows = command(*flags, "2", "--name", "longer").rows
+    assert [r["tokens"] for r in convert_gpt2.references(rows)] == [128, 256]
+    assert len(command(*flags, "2", "--name", "again").rows) == len(rows) + 2              # that has one already
+
+
+def test_both_stages_read_on_in_the_text(command, monkeypatch):
+    read = {train_gpt: [], convert_gpt2: []}
+    for module, steps in read.items():
+        monkeypatch.setattr(module, "get_batch", lambda tokens, config, step, *rest, steps=steps:
+                            steps.append(step) or get_batch(tokens, config, step, *rest))
+    command("--no-reference")
+    assert read == {train_gpt: [*range(4)], convert_gpt2: [*range(6)]}
 
 
 def test_the_default_trains_its_teacher_first(tmp_path, monkeypatch, text_dir, capsys):
@@ -643,9 +681,19 @@ def test_low_rank_updates_start_at_nothing_train_alone_and_merge_into_plain_weig
 
 def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path):
     command("--no-reference", "--lora-rank", "2", "--export", str(tmp_path / "exported"))
-    finetuned = load_model(tmp_path / "table" / "hedgehog" / "finetuned" / "best.pt")[0]
+    path = tmp_path / "table" / "hedgehog" / "finetuned" / "best.pt"
+    finetuned, checkpoint = load_model(path)
     exported, idx = load_gpt2(tmp_path / "exported"), torch.randint(256, (2, 32))
     assert exported.config.attention == "hedgehog" and torch.equal(exported(idx)[0], finetuned(idx)[0])
+    unmerged = GPT(GPTConfig(**checkpoint["model_config"]))       # as it was trained: the updates beside the weights
+    add_lora(unmerged, 2)
+    unmerged.load_state_dict(checkpoint["model"])
+    trained = unmerged.eval()(idx)[0]
+    torch.testing.assert_close(exported(idx)[0], trained, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for name, p in unmerged.named_parameters():
+            p.mul_(not name.endswith("lora_B"))
+    assert (trained - unmerged(idx)[0]).abs().max() > 1e-2        # and they matter
 
 
 # ---------------------------------------------------------------- GPT-2's files
@@ -747,6 +795,9 @@ def test_the_files_of_the_hub_are_read(hub_folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["wte.weight"].clone()}, folder / "model.safetensors")
     assert torch.equal(load_gpt2(folder)(idx)[0], model(idx)[0])
+    for dtype in (torch.float16, torch.bfloat16):
+        save_file({name: p.to(dtype) for name, p in tensors.items()}, folder / "model.safetensors")
+        assert torch.equal(load_gpt2(folder).lm_head.weight, model.lm_head.weight.to(dtype).float())
 
 
 def change_tensors(change):
@@ -794,16 +845,22 @@ BAD_FOLDERS = {
                   r"missing: none; left over: transformer\.extra"),
     "transposed": (change_tensors(transpose), r"another shape: transformer\.h\.1\.mlp\.c_fc\.weight"),
     "not finite": (change_tensors(lambda t: t["ln_f.weight"].fill_(math.nan)), "ln_f.weight.*not finite"),
+    "integers": (change_tensors(lambda t: t.update({"wte.weight": t["wte.weight"].int()})),
+                 r"not floating-point: transformer\.wte\.weight \(I32\): get the file again"),
     "a head of its own": (change_tensors(lambda t: t.update({"lm_head.weight": t["wte.weight"] + 1})),
                           "tie_word_embeddings"),
     "too many layers": (change_config(n_layer=3), r"missing: transformer\.h\.2.*and 7 more"),
     "no layers": (change_config(n_layer=...), "damaged, or not GPT-2's.*n_layer"),
+    "half a token": (change_config(vocab_size=2.5), "config.json: vocab_size is 2.5, it must be a whole number"),
+    "less than no layers": (change_config(n_layer=-1), "config.json: n_layer is -1, it must be a whole number"),
+    "half a position in ours": (change_config(hedgehog=dict(block_size=2.5)), "config.json: block_size is 2.5, it"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "damaged, or not GPT-2's"),
     "not json": (lambda f: (f / "config.json").write_bytes(b"\xff{"), "damaged, or not GPT-2's"),
     "another gelu": (change_config(activation_function="relu"), "not of a plain GPT-2 .activation_function=relu"),
     "another model": (change_config(model_type="llama"), "not of a plain GPT-2"),
     "another width inside": (change_config(n_inner=99), "not of a plain GPT-2 .n_inner=99"),
-    "heads that do not divide": (change_config(n_head=3), "divisible"),
+    "heads that do not divide": (change_config(n_head=3), "config.json: n_embd=16 must be divisible by n_head=3"),
+    "ours that is none": (change_config(hedgehog=3), "damaged, or not GPT-2's"),
 }
 
 
@@ -859,6 +916,7 @@ def hub(hub_folder, monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(gpt2_weights, "HUB", f"http://127.0.0.1:{server.server_port}" + "/{}/resolve/main/{}")
     monkeypatch.setattr(gpt2_weights, "HERE", tmp_path / "here")
+    monkeypatch.setattr(convert_gpt2, "GPT2_TOKENS", 256)
     yield server
     server.shutdown()
     server.server_close()
@@ -896,8 +954,10 @@ def test_a_page_in_place_of_a_file_is_noticed_without_its_sha256_too(hub, comman
 def test_without_a_network_the_message_says_what_to_put_where(command, monkeypatch, tmp_path):
     monkeypatch.setattr(gpt2_weights, "HUB", "http://127.0.0.1:9/{}/{}")
     monkeypatch.setattr(gpt2_weights, "HERE", tmp_path)
+    monkeypatch.setattr(convert_gpt2, "GPT2_TOKENS", 256)
     with pytest.raises(ValueError, match=f"get http://.*/gpt2/config.json elsewhere and put it at {tmp_path}/data/"):
         command("--teacher", "gpt2")
+    assert not (tmp_path / "data/gpt2").exists()
 
 
 # ---------------------------------------------------------------- the command line
@@ -947,6 +1007,25 @@ def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, 
     with pytest.raises(SystemExit) as e:
         cli(lambda: command(*flags))
     assert e.value.code == 2 and re.search(words, capsys.readouterr().err) and not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--teacher", "gpt2"], "256 different tokens.*the teacher 50257"),
+    (["--export", "{}/file/exported"], "--export: .*/file/exported cannot be made"),
+    (["--out", "{}/file"], "--out: .*/file/hedgehog cannot be made")])
+def test_what_needs_no_teacher_is_told_before_one_is_fetched(command, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(convert_gpt2, "load_teacher", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=words):
+        command(*[text.format(tmp_path) for text in flags])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_can_be_made_is_neither_left_behind_nor_taken_away(tmp_path):
+    (tmp_path / "there/full").mkdir(parents=True)
+    for folder in ("new/deep", "there", "there/full"):
+        convert_gpt2.check_can_be_made(tmp_path / folder, "--out")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["there", "there/full"]
 
 
 def test_results_of_another_teacher_are_not_mixed_in_and_other_flags_do_not_resume(command, tmp_path, text_dir):

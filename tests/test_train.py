@@ -78,6 +78,29 @@ def test_a_resumed_run_continues_to_the_last_bit(text_dir, tmp_path, monkeypatch
         assert all(torch.equal(p[k], q[k]) for k in p)
 
 
+def test_a_finished_run_is_trained_further_by_command_and_an_unfinished_one_only_to_its_end(text_dir, tmp_path,
+                                                                                            monkeypatch):
+    out, more = tmp_path / "run", ["--out", str(tmp_path / "run"), "--resume", "--steps"]
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train_gpt, "interrupts", lambda say: stop_after(5))
+        train(config(text_dir, out, "--eval-every", "4"))
+    with pytest.raises(ValueError, match="has made 5 of its 6 steps: --resume goes on without --steps"):
+        train(parse_config(TrainConfig, PRESETS, [*more, "9"]))
+    train(parse_config(TrainConfig, PRESETS, more[:-1]))
+    before = rows(out)
+    with pytest.raises(ValueError, match="has made 6 of its 6 steps.*with a larger one"):
+        train(parse_config(TrainConfig, PRESETS, [*more, "5"]))
+    result = script("train_gpt.py", *more, "7")
+    assert result.returncode == 0, result.stderr
+    assert [r[0] for r in rows(out)] == ["0", "4", "6", "7"] and rows(out)[:3] == before
+    assert load_checkpoint(out / "last.pt")["state"]["loss_count"] == 1                  # that of step 6 alone
+    assert json.loads((out / "summary.json").read_text())["steps"] == 7
+    train(parse_config(TrainConfig, PRESETS, [*more, "9"]))
+    c = parse_config(TrainConfig, PRESETS, more[:-1])                                    # as it is resumed from now on
+    assert c.steps == 9 and [r[0] for r in rows(out)] == ["0", "4", "6", "7", "8", "9"]
+    assert float(rows(out)[4][1]) == pytest.approx(train_gpt.learning_rate(8, c), rel=1e-5)
+
+
 def test_a_run_leaves_what_a_reader_needs(text_dir, tmp_path):
     summary = train(config(text_dir, tmp_path / "run"))
     files = {p.name for p in (tmp_path / "run").iterdir()}
@@ -175,6 +198,21 @@ def test_an_epoch_shows_every_block_once_and_each_epoch_in_another_order():
         offsets = np.sort(starts)
         assert (np.diff(offsets) == 32).all() and offsets[0] >= 0 and offsets[-1] + 33 <= 1000 and len(starts) == 30
     assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_the_steps_of_an_epoch_read_every_block_once_and_no_two_the_same(n_parts):
+    c = TrainConfig(block_size=32, batch_size=6, seed=5)
+    tokens = np.arange(1000, dtype="<u2")                                # each is its own place
+    steps = []
+    for step in range(10):                                               # 5 steps of 6 are an epoch of 30 blocks
+        parts = [train_gpt.get_batch(tokens, c, step, part, n_parts, CPU) for part in range(n_parts)]
+        assert all(torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(32)) for x, y in parts)
+        steps.append([start for x, _ in parts for start in x[:, 0].tolist()])
+    assert not set(steps[0]) & set(steps[1])
+    for epoch in (0, 1):
+        seen = [start for step in steps[5 * epoch:5 * epoch + 5] for start in step]
+        assert seen == train_gpt.epoch_starts(1000, 32, 5, epoch).tolist()
 
 
 def test_only_matrices_decay_and_maps_have_their_own_learning_rate():
@@ -447,6 +485,13 @@ def test_a_row_that_cannot_be_written_comes_after_its_checkpoint_and_is_made_goo
             train(config(text_dir, tmp_path / "parts"))
     train(parse_config(TrainConfig, PRESETS, ["--out", str(tmp_path / "parts"), "--resume"]))
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_a_log_older_than_some_columns_keeps_its_rows(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,valid\n0,5\n3,4\n4,3,2\n5\n6,3\n")                             # two are damaged
+    train_gpt.Log(path, 6, ("step", "valid", "commit"))
+    assert path.read_text().split() == ["step,valid,commit", "0,5,-", "3,4,-"]
 
 
 def test_a_log_is_cut_without_a_moment_in_which_it_is_lost(text_dir, tmp_path, monkeypatch):
