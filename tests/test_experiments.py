@@ -249,6 +249,15 @@ def test_the_whole_path_prepare_train_resume_evaluate_sample_collect(tmp_path, m
         assert "again" in [row["name"] for row in json.loads((out / "summary.json").read_text())]
 
 
+def test_a_run_without_a_test_split_is_refused_before_any_curve_is_copied(teacher, attentive, tmp_path):
+    whole = shutil.copytree(attentive[0], tmp_path / "whole")
+    summary = json.loads((whole / "summary.json").read_text())
+    (whole / "summary.json").write_text(json.dumps(summary | dict(test_ppl=9.0)))
+    with pytest.raises(ValueError, match="attentive was trained on a text without a test split.*--test FILE"):
+        wikitext103.main([whole, Path(attentive[0])], tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_options_that_help_it_too():
     def row(attention, ppl, data="a", tokens=1, **options):
         return dict(attention=attention, test_ppl=ppl, data=data, tokens=tokens, options=options)
