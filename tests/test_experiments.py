@@ -658,6 +658,36 @@ def test_no_number_beside_a_bar_lies_on_a_line(tmp_path):
     common.plt.close(fig)
 
 
+def digest_in(path):
+    from PIL import Image  # which matplotlib needs, too
+    return Image.open(path).text.get("Digest")
+
+
+@needs_matplotlib
+def test_another_number_or_word_is_another_digest_and_another_place_is_not(tmp_path):
+    def drawn(number=0.5, word="a", height=3.6):
+        fig, [axes] = common.figure(columns=3, height=height)
+        common.bars(axes[0], ["a"], [number if "bar" in word else 1], "x", form="")
+        axes[1].plot([0, 1], [0, number if "line" in word else 1], label=word)
+        axes[2].imshow([[number if "image" in word else 1, float("nan")]])
+        common.save(fig, tmp_path / "a.png", "title")
+        return digest_in(tmp_path / "a.png")
+    assert drawn() == drawn(height=4) != drawn(word="b")
+    for word in ("bar", "line", "image"):
+        assert drawn(0.5, word) != drawn(0.50001, word)
+
+
+@needs_matplotlib
+def test_a_title_breaks_between_words_into_lines_of_one_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.plt.Figure, "savefig", lambda fig, *_, **options: lines.extend(
+        fig.texts[-1].get_text().split("\n")))
+    for title in ("Lowest final losses: softmax 3.50, hedgehog_exp-first2x64 3.59, hedgehog-first2x64 3.59",
+                  "x softmax: hedgehog_exp-first2x64 1.095, hedgehog-first2x64 1.098, hedgehog_exp-bias 1.203"):
+        lines = []
+        common.save(common.figure()[0], tmp_path / "a.png", title)
+        assert len(lines) == 2 and " ".join(lines) == title and min(map(len, lines)) > 30
+
+
 @needs_matplotlib
 def test_every_figure_is_drawn_from_the_committed_numbers_in_letters_as_large_as_the_pages(tmp_path, monkeypatch):
     savefig, sizes = common.plt.Figure.savefig, {}
@@ -675,6 +705,9 @@ def test_every_figure_is_drawn_from_the_committed_numbers_in_letters_as_large_as
     drawn, committed = ({path.relative_to(folder) for path in folder.rglob("*.png")}
                         for folder in (tmp_path / "results", ROOT / "experiments" / "results"))
     assert drawn == committed
+    stale = {path for path in drawn if digest_in(tmp_path / "results" / path)
+             != digest_in(ROOT / "experiments" / "results" / path)}
+    assert stale == set(), "python experiments/plot.py draws them again"
     assert {what: size for what, size in sizes.items() if size < 15.9} == {}              # GitHub's are 16 pixels high
     assert all(path.stat().st_size < 400_000 for path in (tmp_path / "results").rglob("*.png"))
 
