@@ -608,7 +608,7 @@ def test_a_stopped_distillation_says_how_to_go_on(teacher, tmp_path, monkeypatch
 @needs_matplotlib
 def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
     titles = []
-    for module in (associative_recall, plot):
+    for module in (associative_recall, attention_properties, plot):
         monkeypatch.setattr(module, "save", lambda fig, path, title: (titles.append(title), common.plt.close(fig)))
     for accuracy in (1.0, 0.5):
         rows = [dict(attention="hedgehog", seed=seed, accuracy=0.2, converted=accuracy) for seed in (0, "mean")]
@@ -622,6 +622,12 @@ def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     plot.benchmark(tmp_path / "rows.json")
     assert "4.0x" in titles[-1] and "2.00x at 512" in titles[-1]                          # of the fused form
+    rows = [dict(map=name, layer="mean", entropy=2.0, entropy_gap=gap, entropy_gap_abs=away, rank_correlation=rho)
+            for name, gap, away, rho in (("softmax", 0.0, 0.0, 1.0), ("t2r", 0.01, 0.5, 0.7), ("elu", -0.1, 0.2, 0.6))]
+    (tmp_path / "rows.json").write_text(json.dumps(dict(rows=rows, curves={row["map"]: [] for row in rows})))
+    attention_properties.draw(tmp_path / "rows.json")
+    assert titles[-2:] == ["Entropy closest to softmax's: elu, -0.10 nats on average, 0.20 away row by row",
+                           "Most monotone in q·k: t2r (0.70), least: elu (0.60)"]
 
 
 @needs_matplotlib
