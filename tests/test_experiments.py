@@ -479,6 +479,14 @@ def test_kl_is_zero_against_itself_and_a_picture_holds_the_past_alone():
     assert [len(row) for row in attention_maps.triangle(p)] == [1, 2, 3, 4, 5]
 
 
+def test_the_spikiest_heads_of_the_first_middle_and_last_layer_are_shown():
+    q = torch.zeros(5, 1, 3, 8, 4)                                                        # five layers of three heads
+    for layer, spiky in enumerate((2, 0, 1, 0, 0)):
+        q[layer, :, spiky, :, 0] = 9.0
+    k = torch.eye(8)[:, :4].expand(1, 3, 8, 4)
+    assert attention_maps.pick_heads([(q[layer], k) for layer in range(5)]) == [(0, 2), (2, 1), (4, 0)]
+
+
 def test_properties_of_every_map_are_measured(attentive, tmp_path, capsys):
     out = tmp_path / "properties.json"
     flags = [*attentive, "--maps", str(tmp_path / "maps"), "--blocks", "1", "--out", str(out)]
@@ -692,6 +700,11 @@ def test_a_title_breaks_between_words_into_lines_of_one_length(tmp_path, monkeyp
         lines = []
         common.save(common.figure()[0], tmp_path / "a.png", title)
         assert len(lines) == 2 and " ".join(lines) == title and min(map(len, lines)) > 30
+
+
+def test_colors_tell_softmax_and_what_imitates_it_from_the_others():
+    names = ("softmax", "softmax-earlier", "hedgehog", "hedgehog_exp, distilled", "elu", "t2r")
+    assert [common.color(name) for name in names] == [common.GREY] * 2 + [common.COLORS[0]] * 2 + [common.COLORS[1]] * 2
 
 
 @needs_matplotlib
