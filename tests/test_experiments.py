@@ -416,10 +416,15 @@ def test_either_form_of_the_map_for_queries_and_for_keys(attentive, tmp_path):
 
 def test_flags_that_cannot_be_are_told_in_a_sentence(attentive, converted, tmp_path):
     maps, conversion = [*attentive, "--maps", str(tmp_path / "maps")], [str(converted / "hedgehog"), "--device", "cpu"]
+    (latin := tmp_path / "latin.txt").write_bytes("Ein Igel weiß vieles. ".encode("latin-1") * 9)
+    (short := tmp_path / "short.txt").write_text("x" * 32)
     for module, flags, sentence in (
             (attention_maps, [*maps, "--short", "33"], "--short 33 must be at least 1 and at most 32, the teacher's"),
             (attention_maps, [*maps, "--short", "-1"], "--short -1 must be at least 1"),
             (attention_maps, [*maps, "--text", ""], "--text is empty"),
+            (attention_maps, [*maps, "--other", str(tmp_path / "gone")], "cannot read --other .*gone: give a text in"),
+            (attention_maps, [*maps, "--other", str(latin)], "cannot read --other .*latin.txt: give a text in UTF-8"),
+            (attention_maps, [*maps, "--other", str(short)], "short.txt holds 32 tokens, a block takes 33: give a"),
             (attention_properties, [*maps, "--blocks", "0"], "--blocks must be at least 1, got 0"),
             (layers, [*conversion, "--tokens", "-5"], "--tokens must be 0, for all, or at least 2, got -5"),
             (layers, [*conversion, "--tokens", "1"], "--tokens must be 0"),
@@ -538,7 +543,10 @@ def test_attention_maps_are_measured_and_drawn(attentive, tmp_path, capsys, monk
     assert len(set(pictures)) == len(pictures) == 4
     assert found["kl_of_heads"]["softmax"] == [0, 0, 0] and min(found["kl_of_heads"]["elu"]) > 0
     assert min(found["kl_of_heads"]["hedgehog before"]) > 0
+    bars, tqdm = [], attention_maps.tqdm
+    monkeypatch.setattr(attention_maps, "tqdm", lambda maps, *x, **o: bars.append(len(maps)) or tqdm(maps, *x, **o))
     attention_maps.main(attention_maps.parse([*flags, "--contexts-only", "--out", str(tmp_path / "some.json")]))
+    assert bars == [0, 4]                                                                 # also when maps are kept
     some = json.loads((tmp_path / "some.json").read_text())
     assert "maps" not in some and some["rows"] == found["rows"][-len(some["rows"]):] and len(some["rows"]) == 12
     if common.plt:
