@@ -260,6 +260,7 @@ def test_rows_under_a_sanitizer_are_kept_where_one_asks_for_it(tmp_path, monkeyp
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(check_triton, "provenance", lambda device: dict(device=device.type))
+    monkeypatch.setattr(check_triton, "ROOT", tmp_path)                                   # of the committed rows
     monkeypatch.setattr(check_triton, "sanitizer", lambda: "compute-sanitizer --tool memcheck")
     monkeypatch.setattr(check_triton, "check_all", lambda cases: [dict(case=str(case), ok=True, worst="y")
                                                                   for case in cases])
