@@ -11,9 +11,9 @@ log; with --out FILE the rows are kept, too, and say under which sanitizer (its 
 Errors are relative: |ours - exact| / |exact|; a gradient that is zero must be below 2 % of |dv|. For bfloat16 and
 float16 the bound is twice what rounding alone costs: of the inputs, the incoming gradient among them (exact results
 for rounded inputs against those for the inputs), or of the result, whichever is more. For float32 it is 1e-4. Each case
-runs twice at least, and all runs must agree to the last bit. A row holds each error over its bound (`of_bound`) and, for
-bfloat16 and float16, over what rounding the inputs alone costs (`of_inputs`), which decides nothing: below 1 the kernels
-add less than their inputs have lost.
+runs twice at least, and all runs must agree to the last bit. A row holds each error over its bound (`of_bound`) and,
+for bfloat16 and float16, over what rounding the inputs alone costs (`of_inputs`). The latter decides nothing: below 1
+the kernels add less than their inputs have lost.
 """
 
 import argparse

@@ -48,7 +48,7 @@ def figure(rows=1, columns=1, height=3.6, **options):
 
 
 def digest(fig, title):
-    """Of the words and numbers that are shown: a figure's pixels differ between versions of matplotlib, these do not."""
+    """Of the words and numbers that are shown. The pixels differ between versions of matplotlib, these do not."""
     shown = [title]
     for ax in fig.axes:
         shown += [ax.get_xlabel(), ax.get_ylabel(), ax.get_title(), [text.get_text() for text in ax.texts]]

@@ -72,7 +72,8 @@ def test_ms_is_the_median_of_the_turns_after_the_warm_up(monkeypatch):
                                    "--T --decode --train 16 --train-layers 1 --train-steps 1 --train-forms softmax"])
 def test_the_seed_is_that_of_every_random_number(flags, tmp_path):
     benchmark.main([*TOY, *flags.split(), "--seed", "7", "--out", str(tmp_path / "rows.json")])
-    assert torch.initial_seed() == 7 and {row["seed"] for row in json.loads((tmp_path / "rows.json").read_text())} == {7}
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert torch.initial_seed() == 7 and {row["seed"] for row in rows} == {7}
     torch.manual_seed(0)
 
 

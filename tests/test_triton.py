@@ -243,7 +243,7 @@ def test_a_row_of_the_check_says_what_the_error_is_of_its_bound_and_of_rounding_
     row, plain = checked(1, 2, 40, 32, torch.bfloat16), checked(1, 2, 40, 32, torch.float32, full=False)
     assert row["ok"] and row["of_inputs"].keys() == row["of_bound"].keys() >= {"y", "dq", "dwk", "dbq", "dstate"}
     for name, x in row["of_bound"].items():
-        assert row["of_inputs"][name] >= 2 * x * (1 - 1e-9)                               # the bound is twice that or more
+        assert row["of_inputs"][name] >= 2 * x * (1 - 1e-9)                               # of twice that, or of more
     assert any(row["of_inputs"][name] > 2.001 * x for name, x in row["of_bound"].items())
     assert plain["ok"] and plain["of_inputs"] == {}                                       # whose inputs are as they are
     rounding = row["errors"]["y"] / row["of_inputs"]["y"]                                 # what that alone costs
