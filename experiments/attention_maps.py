@@ -19,8 +19,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import GREY, draw_if_possible, figure, plt, ready, save
+from common import GREY, draw_if_possible, figure, or_say, plt, ready, save
 from students import rate, read, student, students_parser, teacher_and_text, weights
+from tqdm import tqdm
 
 from data.prepare import load_tokenizer
 from convert_gpt2 import faithfulness
@@ -52,13 +53,11 @@ def kl(p, y):
 
 
 def pictures(models, layers):
-    heads, maps, kl_of_heads = pick_heads(layers), {}, {}
-    for name in PICTURES:
-        square = [weights(models.get(name), layer, *layers[layer])[0, head] for layer, head in heads]
-        maps[name] = [triangle(y) for y in square]
-        kl_of_heads[name] = [kl(weights(None, layer, *layers[layer])[0, head], y)
-                             for (layer, head), y in zip(heads, square)]
-    return dict(heads=heads, maps=maps, kl_of_heads=kl_of_heads)
+    heads = pick_heads(layers)
+    squares = {name: [weights(models.get(name), layer, *layers[layer])[0, head] for layer, head in heads]
+               for name in PICTURES}
+    return dict(heads=heads, maps={name: [triangle(y) for y in square] for name, square in squares.items()},
+                kl_of_heads={name: list(map(kl, squares["softmax"], square)) for name, square in squares.items()})
 
 
 def measure(args, name, model, texts, context, length, device):
@@ -97,10 +96,8 @@ def draw(path):
     bar = fig.colorbar(image, ax=axes, location="bottom", shrink=0.7, aspect=40, label="attention weight, colours by "
                        f"its square root; grey: the future\nread: “{textwrap.shorten(found['text'], 60)}”")
     bar.set_ticks([w ** 0.5 for w in (0, 0.01, 0.1, 0.25, 0.5, 1)], labels=["0", "0.01", "0.1", "0.25", "0.5", "1"])
-    mean = {}
-    for row in found["rows"]:
-        if row["text"] == "held out":
-            mean.setdefault(row["map"], row["mean"])  # the first is at the teacher's own length
+    held_out = [row for row in found["rows"] if row["text"] == "held out"]
+    mean = {row["map"]: row["mean"] for row in held_out[::-1]}  # the first of a map, at the teacher's own length
     save(fig, path.with_suffix(".png"), "KL from softmax in nats, held-out text, all heads: " + ", ".join(
         f"{name} {mean[name]:.2f}".replace(" ", "\xa0") for name in names if name in mean))
 
@@ -114,16 +111,19 @@ def main(args):
     short = args.short or T // 4
     if not 1 <= short <= T:
         raise ValueError(f"--short {short} must be at least 1 and at most {T}, the teacher's block size")
-    other = np.array(tokenizer.encode(Path(args.other).read_text(encoding="utf-8")))
+    with or_say(f"cannot read --other {args.other}: give a text in UTF-8"):
+        other = np.array(tokenizer.encode(Path(args.other).read_text(encoding="utf-8")))
+    if len(other) <= T:
+        raise ValueError(f"--other {args.other} holds {len(other)} tokens, a block takes {T + 1}: give a longer text")
     texts = {"training": data["train"], "held out": data["valid"], "other": other}
     maps = {} if args.contexts_only else MAPS
     models = {name: student(teacher, data, args, device, **options) for name, options in maps.items()}
-    rows = [row for name, model in models.items() for row in measure(args, name, model, texts, T, T, device)]
-    contexts = [short * 2 ** i for i in range(20) if short * 2 ** i <= T]
-    for name in ("hedgehog after", "hedgehog_exp after", "t2r after", "elu"):
+    rows = [row for name, model in tqdm(models.items(), "at its own length", unit="map", disable=None)
+            for row in measure(args, name, model, texts, T, T, device)]
+    for name in tqdm(("hedgehog after", "hedgehog_exp after", "t2r after", "elu"), "longer", unit="map", disable=None):
         options = MAPS[name] | dict(name=f"{MAPS[name]['attention']}-{short}", distill_batch_size=max(1, 2048 // short))
         model = student(teacher, data, args, device, block_size=short, **options)
-        for context in contexts:
+        for context in [short * 2 ** i for i in range(20) if short * 2 ** i <= T]:
             rows += measure(args, name, model, {"held out": data["valid"]}, context, short, device)
     found = dict(rows=rows, text=args.text, other=Path(args.other).name, distill_steps=args.distill_steps,
                  **provenance(device))

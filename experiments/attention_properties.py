@@ -69,8 +69,8 @@ def draw(path):
     bars(axes[1], list(mean), [row["rank_correlation"] for row in mean.values()], "rank correlation with q·k")
     axes[0].invert_yaxis()  # a shared axis that `bars` has turned twice
     near = min((name for name in mean if name != "softmax"), key=lambda name: mean[name]["entropy_gap_abs"])
-    save(fig, path.with_suffix(".png"), f"Closest to softmax, row by row: {near}, {mean[near]['entropy_gap_abs']:.2f} "
-         f"nats of entropy away")
+    save(fig, path.with_suffix(".png"), f"Entropy closest to softmax's: {near}, {mean[near]['entropy_gap']:+.2f} nats "
+         f"on average, {mean[near]['entropy_gap_abs']:.2f} away row by row")
 
     curves = found["curves"]
     fig, axes = figure(-(-len(curves) // 4), 4, height=1.9 * -(-len(curves) // 4) + 0.9, sharex=True, sharey=True)

@@ -6,7 +6,8 @@
 Writes a list of rows, one for each form, T and pass. "forward" runs without gradients; "forward+backward" gives the
 gradients of q, k, v and of the maps' weights. All forms at one T take turns, so that a drift of the machine hits all
 alike; `ms` is the median. `peak_mib` is what the pass allocates at its worst moment, beyond its inputs; of a token that
-is generated, beyond the model and the past, whose size is `state_bytes_per_layer`.
+is generated, beyond the model and the past. The past is `state_bytes_per_layer`, and `total_mib` what is allocated for
+it in all layers, and the peak: what generation takes beside the model.
 
 Other libraries join when they can be imported, with our feature map in front (`map` in their rows), after a check that
 they compute the same:
@@ -234,12 +235,14 @@ def check(forms, layer, B, H, T, D, dtype, device):
 
 def measure(T, args, common):
     """The rows of all forms at one T."""
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     device, dtype, B, H, D = args.device, getattr(torch, args.dtype), max(1, args.tokens // T), args.heads, args.dim
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # tf32 where plain PyTorch stays float32, as in training
     layer = LinearAttention(H, D).to(device)
     forms, weights, rows = make_forms(layer, device, T in args.peers), list(layer.parameters()), []
+    if T not in args.peers:
+        print(f"T={T}: without other libraries, which join at the lengths of --peers")
     if device == "cuda" and T > 16384:
         print(f"T={T}: without chunked, which torch.compile takes minutes for: its loop over segments is unrolled")
         del forms["chunked"]
@@ -302,7 +305,7 @@ def measure_decoding(batch, args, common):
     sequences, backend = [], [SDPBackend.FLASH_ATTENTION] if args.device == "cuda" else None
     pasts = pasts_that_fit(batch, n_layer, steps, args)
     for form, attention in (("hedgehog decode", "hedgehog"), ("softmax decode (kv cache)", "softmax")):
-        torch.manual_seed(0)
+        torch.manual_seed(args.seed)
         model = GPT(GPTConfig(max(pasts, default=0) + steps, vocab_size=256, n_layer=n_layer, n_head=H, n_embd=H * D,
                               attention=attention)).to(args.device, getattr(torch, args.dtype)).eval()
         weight = model.lm_head.weight
@@ -327,8 +330,9 @@ def measure_decoding(batch, args, common):
         with sdpa_kernel(backend) if backend else contextlib.nullcontext():
             peak = peak_mib(lambda: model(token, cache=cache), args.device)
         rows.append({"form": form, "T": p, "pass": "decode", "ms": statistics.median(ms[args.warmup:]),
-                     "peak_mib": peak, "state_bytes_per_layer": used, "allocated_bytes_per_layer": held,
-                     "n_layer": n_layer, "B": batch, "repeats": args.decode_tokens, **common})
+                     "peak_mib": peak, "total_mib": peak + n_layer * held / MIB, "state_bytes_per_layer": used,
+                     "allocated_bytes_per_layer": held, "n_layer": n_layer, "B": batch, "repeats": args.decode_tokens,
+                     **common})
         if backend and "softmax" in form:
             rows[-1]["backend"] = "flash"
     return rows
@@ -340,7 +344,7 @@ def measure_training(T, args, common):
     Forward, backward and AdamW in bfloat16 autocast on random tokens. Run in a fresh process: what a compiled model
     keeps would count as memory of the next.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device, n_layer, vocab = args.device, args.train_layers, args.train_vocabulary
     idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
@@ -435,9 +439,9 @@ def findings(rows):
 
 
 def table(rows):
-    lines = [f"{'form':26} {'T':>6} {'pass':17} {'ms':>9} {'peak MiB':>9} {'formula':>9}"]
+    lines = [f"{'form':26} {'T':>6} {'pass':17} {'ms':>9} {'peak MiB':>9} {'with past':>9} {'formula':>9}"]
     for r in rows:
-        numbers = (f"{r[key]:9.2f}" if key in r else " " * 9 for key in ("ms", "peak_mib", "formula_mib"))
+        numbers = (f"{r[key]:9.2f}" if key in r else " " * 9 for key in ("ms", "peak_mib", "total_mib", "formula_mib"))
         lines.append(f"{r['form']:26} {r['T']:6} {r['pass']:17} {' '.join(numbers)}".rstrip())
     return "\n".join(lines)
 
@@ -448,12 +452,13 @@ def parse(argv):
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--T", type=int, nargs="*", help="lengths (default: 256 to 8192 on the CPU, 512 to 65536 on CUDA)")
     add("--peers", type=int, nargs="*", help="lengths at which other libraries join (default: all, on CUDA 1024 4096 "
-        "16384: flash-linear-attention tunes itself for a minute at each)")
+        "16384: flash-linear-attention tunes itself for a minute at each); at others their rows are missing")
     add("--long", action="store_true", help="add T=16384 on the CPU")
     add("--tokens", type=int, help="B is this over T, at least 1 (default: 1 on the CPU, 32768 on CUDA)")
     add("--heads", type=int, default=12)
     add("--dim", type=int, default=64, help="width of a head")
     add("--threads", type=int, default=2)
+    add("--seed", type=int, default=0, help="of the random inputs and weights")
     add("--repeats", type=int, default=11, help="turns of every form at T >= 4096; up to 8 times as many below")
     add("--warmup", type=int, default=2)
     add("--limit-mib", type=float, default=512, help="leave a form out where its largest tensor would be larger")
@@ -491,7 +496,7 @@ def main(argv=None):
     before = read_rows(out)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)       # for fast_transformers, which brings its own OpenMP
     torch.set_num_threads(args.threads)
-    common = {"H": args.heads, "D": args.dim, "dtype": args.dtype, "threads": args.threads,
+    common = {"H": args.heads, "D": args.dim, "dtype": args.dtype, "threads": args.threads, "seed": args.seed,
               "date": datetime.datetime.now().isoformat(timespec="seconds"), **provenance(torch.device(args.device))}
     rows = []
 

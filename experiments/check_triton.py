@@ -1,19 +1,23 @@
 """Check the fused kernels on this GPU: forward and every gradient against the quadratic form in float64.
 
     python experiments/check_triton.py --workers 12    # minutes, most of them compiling; exit code 1 if anything is off
-    compute-sanitizer --tool memcheck  python experiments/check_triton.py --small
-    compute-sanitizer --tool racecheck python experiments/check_triton.py --small
+    compute-sanitizer --tool memcheck  --log-file memcheck.log  python experiments/check_triton.py --small
+    compute-sanitizer --tool racecheck --log-file racecheck.log python experiments/check_triton.py --small
 
 The last two take a few shapes of a few KiB. Each tensor gets memory of its own from CUDA there, and gives it back at
-once, so that an access beyond its end is seen, and memory does not run out.
+once, so that an access beyond its end is seen, and memory does not run out. What the sanitizer found is the end of its
+log; with --out FILE the rows are kept, too, and say under which sanitizer (its command line) they were made.
 
 Errors are relative: |ours - exact| / |exact|; a gradient that is zero must be below 2 % of |dv|. For bfloat16 and
 float16 the bound is twice what rounding alone costs: of the inputs, the incoming gradient among them (exact results
 for rounded inputs against those for the inputs), or of the result, whichever is more. For float32 it is 1e-4. Each case
-runs twice at least, and all runs must agree to the last bit.
+runs twice at least, and all runs must agree to the last bit. A row holds each error over its bound (`of_bound`) and,
+for bfloat16 and float16, over what rounding the inputs alone costs (`of_inputs`). The latter decides nothing: below 1
+the kernels add less than their inputs have lost.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
@@ -122,6 +126,7 @@ def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, kind="hedgehog", 
         poison = [torch.full((B * H * T * D * 2 + 1024,), torch.nan, device="cuda") for _ in range(3)]
         del poison
         results.append(values_and_gradients(fused, mixed, given, kind, unit))
+    of_rounding = {}  # what rounding the inputs alone costs
     if dtype == fp32:
         bounds = [1e-4] * len(NAMES)
     else:
@@ -130,17 +135,19 @@ def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, kind="hedgehog", 
         bounds = []
         for n, a, b in zip(NAMES, reference, unrounded):
             if a is not None and a.norm() > 1e-9 * reference[4].norm():
-                bounds.append(2 * max(error(a, b), error(written(n, a), a)))
+                of_rounding[n] = error(a, b)
+                bounds.append(2 * max(of_rounding[n], error(written(n, a), a)))
             else:
                 bounds.append(0.0 if a is None else 0.02)
     errors = {n: error(a, b, reference[4]) for n, a, b in zip(NAMES, results[0], reference) if a is not None}
     ratios = {n: errors[n] / max(bound, 1e-12) for n, bound in zip(NAMES, bounds) if n in errors and bound}
+    of_inputs = {n: errors[n] / max(rounding, 1e-12) for n, rounding in of_rounding.items()}
     identical = all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again) if a is not None)
     worst = max(ratios, key=ratios.get)
     finite = all(a.isfinite().all().item() for a in results[0] if a is not None)
     return dict(case=f"B={B} H={H} T={T} D={D} P={P} {str(dtype)[6:]}" + f", {kind}" * (kind != "hedgehog")
                 + ", biases and state" * full + f", magnitude {magnitude:g}" * (magnitude != 1), runs=runs,
-                worst=worst, of_bound=ratios, errors=errors, identical=identical,
+                worst=worst, of_bound=ratios, of_inputs=of_inputs, errors=errors, identical=identical,
                 ok=finite and identical and ratios[worst] <= 1)
 
 
@@ -277,12 +284,24 @@ def past_2_to_31_in_time(T=2**25 + 100, D=64):
     return same(f"B=1 H=1 T={T} D={D}: {T * D:,} elements", [("y", y[:, :, -1000:], tail), ("state", end, state)], 4e-3)
 
 
-if __name__ == "__main__":
+def sanitizer():
+    """The command line of the compute-sanitizer that runs this process, None without one. From Linux's list."""
+    pid = os.getppid()
+    with contextlib.suppress(OSError):
+        while pid:
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if Path(words[0]).name == "compute-sanitizer":
+                return " ".join(words).strip()
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])  # its parent
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="a few small shapes, for compute-sanitizer")
     parser.add_argument("--workers", type=int, default=4, help="processes, which compile at the same time")
-    parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "triton-check.json")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="the rows; default: those in experiments/results/triton-check.json, "
+                        "and with --small none")
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU here, on which the kernels are to be checked")
     if options.small:
@@ -302,12 +321,18 @@ if __name__ == "__main__":
             except Exception as e:
                 rows.append(dict(case=str(special), ok=False, worst=f"{type(e).__name__}: {str(e)[:300]}"))
             torch.cuda.empty_cache()
-        about = provenance(torch.device("cuda"))
+        options.out = options.out or ROOT / "experiments" / "results" / "triton-check.json"
+    if options.out:
+        about = dict(sanitizer=sanitizer(), **provenance(torch.device("cuda")))
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        save_json(options.out, [dict(row, **about) for row in rows])
+        save_json(options.out, [row | about for row in rows])
     failed = [row for row in rows if not row["ok"]]
     for row in failed:
         print("FAILED", row["case"], row["worst"], {n: f"{e:.1e}" for n, e in row.get("errors", {}).items()},
               row.get("of_bound", {}).get(row["worst"]), "identical", row.get("identical"))
     print(f"{len(rows) - len(failed)} passed, {len(failed)} failed")
     sys.exit(len(failed) > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 Import this module before those of the root folder, which it puts on the path: they are no installed package.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -10,6 +11,8 @@ import tempfile
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 try:
     import matplotlib
@@ -44,11 +47,24 @@ def figure(rows=1, columns=1, height=3.6, **options):
     return plt.subplots(rows, columns, figsize=(8.8, height), squeeze=False, **options)
 
 
+def digest(fig, title):
+    """Of the words and numbers that are shown. The pixels differ between versions of matplotlib, these do not."""
+    shown = [title]
+    for ax in fig.axes:
+        shown += [ax.get_xlabel(), ax.get_ylabel(), ax.get_title(), [text.get_text() for text in ax.texts]]
+        shown += [(line.get_label(), line.get_xydata()) for line in ax.lines]
+        shown += [np.array(bar.get_bbox()) for bar in ax.patches] + [image.get_array() for image in ax.images]
+    rounded = json.dumps(shown, default=lambda array: [f"{x:.6g}" for x in np.ma.filled(array, np.nan).flat])
+    return hashlib.sha256(rounded.encode()).hexdigest()
+
+
 def save(fig, path, title):
     lines = -(-len(title) // 82)  # of 82 characters one in 12 points is as wide as the figure
-    fig.suptitle(textwrap.fill(title, len(title) // lines + 6), color=GREY, fontweight="bold",
-                 fontsize=min(13.5, 1000 / len(title) * lines))
-    fig.savefig(path, pil_kwargs=dict(optimize=True))
+    fits = (textwrap.wrap(title, width, break_on_hyphens=False) for width in range(len(title) // lines, 1 + len(title)))
+    wrapped = next(wrap for wrap in fits if len(wrap) <= lines)  # the narrowest: no line is left with a word alone
+    fig.suptitle("\n".join(wrapped), color=GREY, fontweight="bold",
+                 fontsize=min(13.5, 1000 / max(len(line) for line in wrapped)))
+    fig.savefig(path, metadata={"Digest": digest(fig, title)}, pil_kwargs=dict(optimize=True))
     plt.close(fig)
     print(f"{path}: {title}")
 

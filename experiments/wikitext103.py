@@ -36,6 +36,9 @@ def number(value, form):
 
 def row(run, commit=None):
     about, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
+    if "test_ppl" not in summary:
+        raise ValueError(f"{run} was trained on a text without a test split, by which the table is made: prepare the "
+                         "text with one (data/prepare.py --test FILE), and train again")
     config, preset = about["config"], about["config"]["preset"]
     options = departures(config, TrainConfig(**PRESETS[preset]), MAY_CHANGE_ON_RESUME | {"attention", "seed"})
     name = run.resolve().name.removeprefix(preset + "-")
@@ -123,13 +126,15 @@ def need_summaries(parser, folders, what):
 
 
 def main(runs, out, commit=None):
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "summary.json"
+    path, curves = out / "summary.json", {}
     rows = {r["name"]: r for r in read_rows(path)}
     for run in runs:
         rows |= {(new := row(run, commit))["name"]: new}
-        shutil.copy(run / "log.csv", out / f"{new['name']}.csv")
+        curves[out / f"{new['name']}.csv"] = run / "log.csv"
     rows = sorted(rows.values(), key=lambda r: (r["data"], r["tokens"], r["test_ppl"]))
+    out.mkdir(parents=True, exist_ok=True)  # only now: runs that are refused leave no trace
+    for curve, log in curves.items():
+        shutil.copy(log, curve)
     save_json(path, rows)
     draw_if_possible(loss_curves, out)
     draw_if_possible(perplexities, path)

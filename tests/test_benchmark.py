@@ -48,6 +48,35 @@ def test_generation_keeps_the_bytes_that_the_formula_says(rows):
     assert [held["softmax decode (kv cache)", p] for p in (5, 10)] == [4 * 2 * H * D * p for p in (5, 10)]
 
 
+def test_the_total_of_generation_is_the_past_and_the_peak_beside_it(rows):
+    for row in (row for row in rows if row["pass"] == "decode"):
+        past = 2 * row["allocated_bytes_per_layer"] / 2**20                               # of two layers
+        assert row["allocated_bytes_per_layer"] >= row["state_bytes_per_layer"] and row["total_mib"] == (
+            pytest.approx(past + row["peak_mib"]))
+    line = next(line for line in benchmark.table(rows).splitlines() if " decode " in line and "kv cache" not in line)
+    assert len(line.split()) == 7 and "with past" in benchmark.table(rows)                # ms, the peak, and the total
+
+
+def test_ms_is_the_median_of_the_turns_after_the_warm_up(monkeypatch):
+    args = benchmark.parse([*TOY, "--decode", "5", "--decode-tokens", "3"])               # at T = 128 eight turns
+    monkeypatch.setattr(benchmark, "time_ms", lambda run, device: next(squares))
+    squares = (float(i * i) for i in range(10**6))
+    rows = [row for row in benchmark.measure(128, args, {}) if row["pass"] == "forward"]
+    assert rows[0]["ms"] == len(rows) ** 2 * (3**2 + 4**2) / 2 and rows[0]["ms_min"] == 0
+    squares = (float(i * i) for i in range(10**6))
+    rows = benchmark.measure_decoding(1, args, {})                                        # 0 4 16 36, and 1 9 25 49
+    assert [row["ms"] for row in rows] == [16, 25]
+
+
+@pytest.mark.parametrize("flags", ["--T 16 --decode", "--T --decode 3",
+                                   "--T --decode --train 16 --train-layers 1 --train-steps 1 --train-forms softmax"])
+def test_the_seed_is_that_of_every_random_number(flags, tmp_path):
+    benchmark.main([*TOY, *flags.split(), "--seed", "7", "--out", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert torch.initial_seed() == 7 and {row["seed"] for row in rows} == {7}
+    torch.manual_seed(0)
+
+
 def test_a_past_that_is_filled_in_is_as_long_as_it_says(monkeypatch):
     args = benchmark.parse([*TOY, "--decode", "5", "12"])
     caches, f = [], benchmark.GPT.forward
@@ -109,8 +138,11 @@ def test_memory_probe_counts_what_is_held_at_the_worst_moment():
 
 
 def test_a_form_too_large_for_the_limit_is_left_out_with_its_formula(tmp_path, capsys):
-    benchmark.main([*TOY, "--limit-mib", "0.1", "--T", "128", "--decode", "--out", str(tmp_path / "rows.json")])
-    assert "without cumsum, whose formula says" in capsys.readouterr().out
+    benchmark.main([*TOY, "--limit-mib", "0.1", "--T", "128", "--peers", "64", "--decode", "--out",
+                    str(tmp_path / "rows.json")])
+    said = capsys.readouterr().out
+    assert "without cumsum, whose formula says" in said
+    assert "T=128: without other libraries, which join at the lengths of --peers" in said
     assert "cumsum" not in {row["form"] for row in json.loads((tmp_path / "rows.json").read_text())}
 
 

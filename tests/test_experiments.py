@@ -249,6 +249,15 @@ def test_the_whole_path_prepare_train_resume_evaluate_sample_collect(tmp_path, m
         assert "again" in [row["name"] for row in json.loads((out / "summary.json").read_text())]
 
 
+def test_a_run_without_a_test_split_is_refused_before_any_curve_is_copied(teacher, attentive, tmp_path):
+    whole = shutil.copytree(attentive[0], tmp_path / "whole")
+    summary = json.loads((whole / "summary.json").read_text())
+    (whole / "summary.json").write_text(json.dumps(summary | dict(test_ppl=9.0)))
+    with pytest.raises(ValueError, match="attentive was trained on a text without a test split.*--test FILE"):
+        wikitext103.main([whole, Path(attentive[0])], tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_ratio_is_to_the_best_softmax_of_the_same_text_tokens_and_options_that_help_it_too():
     def row(attention, ppl, data="a", tokens=1, **options):
         return dict(attention=attention, test_ppl=ppl, data=data, tokens=tokens, options=options)
@@ -407,10 +416,15 @@ def test_either_form_of_the_map_for_queries_and_for_keys(attentive, tmp_path):
 
 def test_flags_that_cannot_be_are_told_in_a_sentence(attentive, converted, tmp_path):
     maps, conversion = [*attentive, "--maps", str(tmp_path / "maps")], [str(converted / "hedgehog"), "--device", "cpu"]
+    (latin := tmp_path / "latin.txt").write_bytes("Ein Igel weiß vieles. ".encode("latin-1") * 9)
+    (short := tmp_path / "short.txt").write_text("x" * 32)
     for module, flags, sentence in (
             (attention_maps, [*maps, "--short", "33"], "--short 33 must be at least 1 and at most 32, the teacher's"),
             (attention_maps, [*maps, "--short", "-1"], "--short -1 must be at least 1"),
             (attention_maps, [*maps, "--text", ""], "--text is empty"),
+            (attention_maps, [*maps, "--other", str(tmp_path / "gone")], "cannot read --other .*gone: give a text in"),
+            (attention_maps, [*maps, "--other", str(latin)], "cannot read --other .*latin.txt: give a text in UTF-8"),
+            (attention_maps, [*maps, "--other", str(short)], "short.txt holds 32 tokens, a block takes 33: give a"),
             (attention_properties, [*maps, "--blocks", "0"], "--blocks must be at least 1, got 0"),
             (layers, [*conversion, "--tokens", "-5"], "--tokens must be 0, for all, or at least 2, got -5"),
             (layers, [*conversion, "--tokens", "1"], "--tokens must be 0"),
@@ -470,6 +484,14 @@ def test_kl_is_zero_against_itself_and_a_picture_holds_the_past_alone():
     assert [len(row) for row in attention_maps.triangle(p)] == [1, 2, 3, 4, 5]
 
 
+def test_the_spikiest_heads_of_the_first_middle_and_last_layer_are_shown():
+    q = torch.zeros(5, 1, 3, 8, 4)                                                        # five layers of three heads
+    for layer, spiky in enumerate((2, 0, 1, 0, 0)):
+        q[layer, :, spiky, :, 0] = 9.0
+    k = torch.eye(8)[:, :4].expand(1, 3, 8, 4)
+    assert attention_maps.pick_heads([(q[layer], k) for layer in range(5)]) == [(0, 2), (2, 1), (4, 0)]
+
+
 def test_properties_of_every_map_are_measured(attentive, tmp_path, capsys):
     out = tmp_path / "properties.json"
     flags = [*attentive, "--maps", str(tmp_path / "maps"), "--blocks", "1", "--out", str(out)]
@@ -521,7 +543,10 @@ def test_attention_maps_are_measured_and_drawn(attentive, tmp_path, capsys, monk
     assert len(set(pictures)) == len(pictures) == 4
     assert found["kl_of_heads"]["softmax"] == [0, 0, 0] and min(found["kl_of_heads"]["elu"]) > 0
     assert min(found["kl_of_heads"]["hedgehog before"]) > 0
+    bars, tqdm = [], attention_maps.tqdm
+    monkeypatch.setattr(attention_maps, "tqdm", lambda maps, *x, **o: bars.append(len(maps)) or tqdm(maps, *x, **o))
     attention_maps.main(attention_maps.parse([*flags, "--contexts-only", "--out", str(tmp_path / "some.json")]))
+    assert bars == [0, 4]                                                                 # also when maps are kept
     some = json.loads((tmp_path / "some.json").read_text())
     assert "maps" not in some and some["rows"] == found["rows"][-len(some["rows"]):] and len(some["rows"]) == 12
     if common.plt:
@@ -599,7 +624,7 @@ def test_a_stopped_distillation_says_how_to_go_on(teacher, tmp_path, monkeypatch
 @needs_matplotlib
 def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
     titles = []
-    for module in (associative_recall, plot):
+    for module in (associative_recall, attention_properties, plot):
         monkeypatch.setattr(module, "save", lambda fig, path, title: (titles.append(title), common.plt.close(fig)))
     for accuracy in (1.0, 0.5):
         rows = [dict(attention="hedgehog", seed=seed, accuracy=0.2, converted=accuracy) for seed in (0, "mean")]
@@ -613,6 +638,12 @@ def test_titles_say_what_the_numbers_say(tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     plot.benchmark(tmp_path / "rows.json")
     assert "4.0x" in titles[-1] and "2.00x at 512" in titles[-1]                          # of the fused form
+    rows = [dict(map=name, layer="mean", entropy=2.0, entropy_gap=gap, entropy_gap_abs=away, rank_correlation=rho)
+            for name, gap, away, rho in (("softmax", 0.0, 0.0, 1.0), ("t2r", 0.01, 0.5, 0.7), ("elu", -0.1, 0.2, 0.6))]
+    (tmp_path / "rows.json").write_text(json.dumps(dict(rows=rows, curves={row["map"]: [] for row in rows})))
+    attention_properties.draw(tmp_path / "rows.json")
+    assert titles[-2:] == ["Entropy closest to softmax's: elu, -0.10 nats on average, 0.20 away row by row",
+                           "Most monotone in q·k: t2r (0.70), least: elu (0.60)"]
 
 
 @needs_matplotlib
@@ -649,6 +680,41 @@ def test_no_number_beside_a_bar_lies_on_a_line(tmp_path):
     common.plt.close(fig)
 
 
+def digest_in(path):
+    from PIL import Image  # which matplotlib needs, too
+    return Image.open(path).text.get("Digest")
+
+
+@needs_matplotlib
+def test_another_number_or_word_is_another_digest_and_another_place_is_not(tmp_path):
+    def drawn(number=0.5, word="a", height=3.6):
+        fig, [axes] = common.figure(columns=3, height=height)
+        common.bars(axes[0], ["a"], [number if "bar" in word else 1], "x", form="")
+        axes[1].plot([0, 1], [0, number if "line" in word else 1], label=word)
+        axes[2].imshow([[number if "image" in word else 1, float("nan")]])
+        common.save(fig, tmp_path / "a.png", "title")
+        return digest_in(tmp_path / "a.png")
+    assert drawn() == drawn(height=4) != drawn(word="b")
+    for word in ("bar", "line", "image"):
+        assert drawn(0.5, word) != drawn(0.50001, word)
+
+
+@needs_matplotlib
+def test_a_title_breaks_between_words_into_lines_of_one_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.plt.Figure, "savefig", lambda fig, *_, **options: lines.extend(
+        fig.texts[-1].get_text().split("\n")))
+    for title in ("Lowest final losses: softmax 3.50, hedgehog_exp-first2x64 3.59, hedgehog-first2x64 3.59",
+                  "x softmax: hedgehog_exp-first2x64 1.095, hedgehog-first2x64 1.098, hedgehog_exp-bias 1.203"):
+        lines = []
+        common.save(common.figure()[0], tmp_path / "a.png", title)
+        assert len(lines) == 2 and " ".join(lines) == title and min(map(len, lines)) > 30
+
+
+def test_colors_tell_softmax_and_what_imitates_it_from_the_others():
+    names = ("softmax", "softmax-earlier", "hedgehog", "hedgehog_exp, distilled", "elu", "t2r")
+    assert [common.color(name) for name in names] == [common.GREY] * 2 + [common.COLORS[0]] * 2 + [common.COLORS[1]] * 2
+
+
 @needs_matplotlib
 def test_every_figure_is_drawn_from_the_committed_numbers_in_letters_as_large_as_the_pages(tmp_path, monkeypatch):
     savefig, sizes = common.plt.Figure.savefig, {}
@@ -666,6 +732,9 @@ def test_every_figure_is_drawn_from_the_committed_numbers_in_letters_as_large_as
     drawn, committed = ({path.relative_to(folder) for path in folder.rglob("*.png")}
                         for folder in (tmp_path / "results", ROOT / "experiments" / "results"))
     assert drawn == committed
+    stale = {path for path in drawn if digest_in(tmp_path / "results" / path)
+             != digest_in(ROOT / "experiments" / "results" / path)}
+    assert stale == set(), "python experiments/plot.py draws them again"
     assert {what: size for what, size in sizes.items() if size < 15.9} == {}              # GitHub's are 16 pixels high
     assert all(path.stat().st_size < 400_000 for path in (tmp_path / "results").rglob("*.png"))
 

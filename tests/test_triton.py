@@ -2,6 +2,9 @@
 
 import contextlib
 import importlib.util
+import json
+import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -221,6 +224,65 @@ def test_what_a_gpu_is_checked_against_is_the_definition(kind):
     for rows in (50, 7):                                                # in one block and in eight
         reference = outputs_and_gradients(check_triton.exact, x, cotangents, kind=kind, numbers=2 * 3 * 50 * rows)
         torch.testing.assert_close(reference, definition)
+
+
+class OnTheCPU(torch.overrides.TorchFunctionMode):
+    """Takes device="cuda" for "cpu"."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}) | ({"device": "cpu"} if "device" in (kwargs or {}) else {}))
+
+
+def checked(*case, **options):
+    with OnTheCPU():
+        return check_triton.check(*case, **options)
+
+
+def test_a_row_of_the_check_says_what_the_error_is_of_its_bound_and_of_rounding_the_inputs(monkeypatch):
+    monkeypatch.setattr(check_triton, "fused_attention", hedgehog_triton.fused_attention, raising=False)
+    row, plain = checked(1, 2, 40, 32, torch.bfloat16), checked(1, 2, 40, 32, torch.float32, full=False)
+    assert row["ok"] and row["of_inputs"].keys() == row["of_bound"].keys() >= {"y", "dq", "dwk", "dbq", "dstate"}
+    for name, x in row["of_bound"].items():
+        assert row["of_inputs"][name] >= 2 * x * (1 - 1e-9)                               # of twice that, or of more
+    assert any(row["of_inputs"][name] > 2.001 * x for name, x in row["of_bound"].items())
+    assert plain["ok"] and plain["of_inputs"] == {}                                       # whose inputs are as they are
+    rounding = row["errors"]["y"] / row["of_inputs"]["y"]                                 # what that alone costs
+
+    def a_little_wrong(*x):
+        y, state = check_triton.exact(*(y.double() for y in x[:-1]), x[-1])
+        return y * (1 + 9 * rounding), state
+    monkeypatch.setattr(check_triton, "fused", a_little_wrong)
+    row = checked(1, 2, 40, 32, torch.bfloat16)
+    assert not row["ok"] and row["of_inputs"]["y"] == pytest.approx(9, rel=0.01)
+
+
+def test_rows_under_a_sanitizer_are_kept_where_one_asks_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check_triton, "provenance", lambda device: dict(device=device.type))
+    monkeypatch.setattr(check_triton, "ROOT", tmp_path)                                   # of the committed rows
+    monkeypatch.setattr(check_triton, "sanitizer", lambda: "compute-sanitizer --tool memcheck")
+    monkeypatch.setattr(check_triton, "check_all", lambda cases: [dict(case=str(case), ok=True, worst="y")
+                                                                  for case in cases])
+    for out in ([], ["--out", str(tmp_path / "deeper" / "rows.json")]):
+        with pytest.raises(SystemExit) as end:
+            check_triton.main(["--small", *out])
+        assert end.value.code == 0 and "17 passed, 0 failed" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["rows.json"]
+    rows = json.loads((tmp_path / "deeper" / "rows.json").read_text())
+    assert len(rows) == 17 and {(row["sanitizer"], row["device"]) for row in rows} == {
+        ("compute-sanitizer --tool memcheck", "cuda")}
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="Linux lists processes there")
+def test_the_sanitizer_is_found_among_the_processes_above(tmp_path):
+    assert check_triton.sanitizer() is None
+    code = (f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'experiments')]}; import check_triton; "
+            "print(check_triton.sanitizer())")
+    (tmp_path / "compute-sanitizer").symlink_to(shutil.which("bash"))
+    command = [tmp_path / "compute-sanitizer", "-c", '"$@"; true', "racecheck", sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "compute-sanitizer -c" in said and "racecheck" in said
 
 
 @pytest.fixture
