@@ -1,9 +1,11 @@
-"""The README keeps its word: every command runs (at toy size), the snippet works, the counts are right."""
+"""The README keeps its word: every command runs (at toy size), the snippet works, the counts are right. Of the pages of
+experiments/, every flag exists and every link leads somewhere."""
 
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,9 +82,44 @@ def test_the_snippet_does_what_its_comments_say(tmp_path):
     assert names["y"].shape == (2, 12, 1, 64) and torch.allclose(whole[:, :, -1:], names["y"], atol=1e-5)
 
 
-def test_line_counts_words_and_links_are_right():
+def test_line_counts_and_words_are_right():
     for name, count in re.findall(r"\| \[`([^`]+)`\]\([^)]*\) \| (\d+) \|", README):
         assert abs(len((ROOT / name).read_text().splitlines()) - int(count)) <= 10, name
     assert len(README.split()) <= 1200
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+
+
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("experiments/*.md"))}
+
+
+def flags_by_script():
+    """{script: the flags that README.md and the pages of experiments/ give it, in a block or in a line}."""
+    found = {}
+    for text in PAGES.values():
+        lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S) + re.findall(r"`(python [^`\n]+)`", text))
+        for line in lines.replace("\\\n", " ").splitlines():
+            script = re.search(r"[\w/]+\.py", line)
+            if script:
+                arguments = line[script.end():].split("#")[0]
+                found.setdefault(script[0], set()).update(re.findall(r"\s(--[\w-]+)", arguments))
+    return found
+
+
+@pytest.mark.parametrize("script, flags", flags_by_script().items(), ids=flags_by_script())
+def test_every_flag_of_a_page_is_in_its_scripts_help(script, flags):
+    if script.startswith("experiments/convert_"):
+        pytest.importorskip("peft", reason="pip install -r requirements-experiments.txt")
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert flags <= set(re.findall(r"--[\w-]+", done.stdout))
+
+
+def test_links_between_the_pages_lead_somewhere():
+    def anchors(text):
+        headings = {re.sub(r"[^\w\- ]", "", h.lower()) for h in re.findall(r"^#+ (.*)$", text, re.M)}
+        return {h.replace(" ", "-") for h in headings} | set(re.findall(r'<a id="(\w+)">', text))
+
+    for page, text in PAGES.items():
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
+            path = page.parent / target if target else page
+            assert path.exists(), (page.name, target)
+            assert not anchor or anchor in anchors(path.read_text()), (page.name, target, anchor)
