@@ -167,7 +167,7 @@ def text_of(teacher):
     """The folder of the text that a run of train_gpt.py learned; "", which is data/pydoc, for any other teacher."""
     path = Path(teacher or "runs/tiny-softmax")
     path = path if path.suffix == ".pt" else path / "best.pt"
-    folder = load_checkpoint(path)["config"]["data"] if teacher not in GPT2 and path.exists() else ""
+    folder = load_checkpoint(path, mmap=True)["config"]["data"] if teacher not in GPT2 and path.exists() else ""
     if folder and not Path(folder, "meta.json").exists():
         raise ValueError(f"the teacher {path} learned the text in {folder}, which is not there: name one with --data")
     return folder

@@ -152,7 +152,7 @@ MAY_CHANGE_ON_RESUME = {"preset", "data", "out", "resume", "accum", "device", "c
 
 
 def saved_config(config):
-    return load_checkpoint(run_folder(config) / "last.pt")["config"]
+    return load_checkpoint(run_folder(config) / "last.pt", mmap=True)["config"]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -439,13 +439,14 @@ def save_json(path, value):
     write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode() + b"\n"))
 
 
-def load_checkpoint(path):
-    """The dict of a last.pt or best.pt, on the CPU. ValueError if it is not there or damaged."""
+def load_checkpoint(path, mmap=False):
+    """The dict of a last.pt or best.pt, on the CPU. ValueError if it is not there or damaged. mmap: tensors stay on the
+    disk, for who asks for the config alone."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}: train one with python train_gpt.py, or mend the path")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         complete = {"model", "optimizer", "state", "model_config", "meta", "config"} <= checkpoint.keys()
     except PermissionError:
         raise

@@ -6,6 +6,7 @@ Import this module before those of the root folder, which it puts on the path: t
 import hashlib
 import json
 import re
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -132,6 +133,17 @@ def rows_so_far(path, settings, concerned=lambda row: True, **were):
         raise ValueError(f"{path} holds rows made with {', '.join(found)}: give the same "
                          f"{', '.join(dict.fromkeys(found.values()))}, or choose another --out")
     return rows
+
+
+def copy_curves(curves, folder):
+    """Of {name: log.csv} every one to the folder, which is made now, or ValueError and none: what is refused leaves no
+    trace."""
+    lost = [str(log) for log in curves.values() if not log.exists()]
+    if lost:
+        raise ValueError(f"missing: {', '.join(lost)}: finish the conversion or the run, or mend the folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, log in curves.items():
+        shutil.copy(log, folder / f"{name}.csv")
 
 
 def with_names(command):

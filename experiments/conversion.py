@@ -10,10 +10,9 @@ rate, before/ an earlier table and the finetunings that chose theirs, 98M/ longe
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
-from common import COLORS, GREY, RESULTS, bars, draw_if_possible, figure, read_rows, save
+from common import COLORS, GREY, RESULTS, bars, copy_curves, draw_if_possible, figure, read_rows, save
 from wikitext103 import departures, need_summaries, number
 
 from convert_gpt2 import MAY_CHANGE, PRESETS, ConvertConfig, mean_of_layers, ratio
@@ -120,16 +119,11 @@ def main(folders, out):
             new.append(row | extra)
             for stage, ending in (("distilled", "-distilled"), ("finetuned", "")):
                 if row["stage"] == stage and row["tokens"]:
-                    curves[out / f"{row['name']}{ending}.csv"] = folder / row["name"] / stage / "log.csv"
+                    curves[row["name"] + ending] = folder / row["name"] / stage / "log.csv"
     replaced = {row["name"] for row in new}
     rows = [row for row in read_rows(path) if row["name"] not in replaced] + new
     rows = [row | dict(ratio=ratio(row, rows)) for row in rows]
-    lost = [str(log) for log in curves.values() if not log.exists()]
-    if lost:
-        raise ValueError(f"missing: {', '.join(lost)}: finish the conversion, or mend the folder")
-    out.mkdir(parents=True, exist_ok=True)  # only now: folders that are refused leave no trace
-    for curve, log in curves.items():
-        shutil.copy(log, curve)
+    copy_curves(curves, out)
     save_json(path, rows)
     if any(row["stage"] == "finetuned" for row in rows):
         draw_if_possible(draw, path)

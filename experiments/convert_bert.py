@@ -14,7 +14,6 @@ takes it away again.
 """
 
 import copy
-import json
 import math
 import multiprocessing
 import os

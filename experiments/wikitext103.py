@@ -10,11 +10,10 @@ A row names the text that it was trained on, and whatever it does otherwise than
 import argparse
 import csv
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from common import COLORS, RESULTS, bars, color, draw_if_possible, figure, read_rows, save
+from common import COLORS, RESULTS, bars, color, copy_curves, draw_if_possible, figure, read_rows, save
 
 from train_gpt import MAY_CHANGE_ON_RESUME, PRESETS, TrainConfig, cli, save_json
 
@@ -130,11 +129,9 @@ def main(runs, out, commit=None):
     rows = {r["name"]: r for r in read_rows(path)}
     for run in runs:
         rows |= {(new := row(run, commit))["name"]: new}
-        curves[out / f"{new['name']}.csv"] = run / "log.csv"
+        curves[new["name"]] = run / "log.csv"
     rows = sorted(rows.values(), key=lambda r: (r["data"], r["tokens"], r["test_ppl"]))
-    out.mkdir(parents=True, exist_ok=True)  # only now: runs that are refused leave no trace
-    for curve, log in curves.items():
-        shutil.copy(log, curve)
+    copy_curves(curves, out)
     save_json(path, rows)
     draw_if_possible(loss_curves, out)
     draw_if_possible(perplexities, path)

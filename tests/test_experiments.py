@@ -255,6 +255,9 @@ def test_a_run_without_a_test_split_is_refused_before_any_curve_is_copied(teache
     (whole / "summary.json").write_text(json.dumps(summary | dict(test_ppl=9.0)))
     with pytest.raises(ValueError, match="attentive was trained on a text without a test split.*--test FILE"):
         wikitext103.main([whole, Path(attentive[0])], tmp_path / "refused")
+    (whole / "log.csv").unlink()
+    with pytest.raises(ValueError, match="missing: .*/whole/log.csv: finish"):
+        wikitext103.main([whole], tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
 
