@@ -390,13 +390,18 @@ class LinearAttention(nn.Module):
         kernels, kind = None, self.map_q.kind
         has_map = kind == self.map_k.kind and kind in FUSED_MAPS
         has_map = has_map and self.map_q.weight.dtype != torch.float64                    # a W that the kernels refuse
-        if form == "auto" and q.dtype == k.dtype == v.dtype and not self.window:
-            # Not the last word: `linear_attention` asks for features alone, and says why not.
-            kernels = fused_kernels(v, q.shape[-1] if has_map else self.map_q.feature_dim, has_map, say=False)
+        # A hybrid has them make both maps, without a past, of a text that is longer than the window.
+        may = not self.window or has_map and state is None and not return_state and q.shape[2] > self.window
+        if form == "auto" and q.dtype == k.dtype == v.dtype and may:
+            # Not the last word but for a hybrid: `linear_attention` asks for features alone, and says why not.
+            P = q.shape[-1] if has_map else self.map_q.feature_dim
+            kernels = fused_kernels(v, P, has_map, say=self.window > 0)
         if kernels and has_map:
             q, k, v = rows_in_one_piece(q, k, v)
-            return kernels.fused_attention(q, k, v, self.map_q.W(), self.map_k.W(), self.map_q.bias,
-                                           self.map_k.bias, state, return_state, kind=kind)
+            maps = self.map_q.W(), self.map_k.W(), self.map_q.bias, self.map_k.bias
+            if self.window:
+                return kernels.hybrid_attention(q, k, v, *maps, self.map_gate, self.map_gate_bias, self.window, kind)
+            return kernels.fused_attention(q, k, v, *maps, state, return_state, kind=kind)
         if kernels or form not in ("auto", "chunked") or not 0 < self.segment_size < q.shape[2]:
             return self.attend(q, k, v, form, state, return_state, offset)
         y, run = [], partial(checkpoint, self.attend, use_reentrant=False, preserve_rng_state=False)
@@ -426,8 +431,9 @@ class HybridAttention(LinearAttention):
     against one beyond. What a map's `is_query` divides by must then be put back: HYBRID_MAPS are those with a
     `log_shift`.
 
-    Arguments as in LinearAttention; plain PyTorch always, in float32 at least. The state is a tuple: the last `window`
-    keys, their values with the column of ones, both float32 at least, and the sum S over all older tokens.
+    Arguments as in LinearAttention. In plain PyTorch, float32 at least; on a GPU, for the hedgehog maps and without a
+    state, PyTorch's flex_attention has the window and the fused kernels what is older. The state is a tuple: the last
+    `window` keys, their values with the column of ones, both float32 at least, and the sum S over all older tokens.
 
     `attend` takes grouped queries, too: k, v and map_k may have K heads, each of which serves H / K of q's; so has the
     state. `keys` (B, T): False for padding, which is no key, but takes up its place in the window if it stands inside.

@@ -57,10 +57,13 @@ product (came out wrong on an H100 with Triton 3.6, the reason is not known).
 """
 
 import inspect
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.nn.attention import flex_attention as flex
 
 from hedgehog import FUSED_MAPS, as_autocast, safe_exp
 
@@ -157,40 +160,44 @@ def softmaxes(u, scale):
 
 @triton.jit
 def exponentials(u, scale, QUERY: tl.constexpr):
-    """scale exp(u) and scale exp(-u), as hedgehog.py's safe_exp: u of queries less max |u|, of keys within 30."""
+    """scale exp(u) and scale exp(-u), as hedgehog.py's safe_exp: u of queries less `top`, max |u|, of keys in 30."""
+    top = tl.zeros((u.shape[0],), tl.float32)
     if QUERY:
-        top = tl.max(tl.abs(u), axis=1)[:, None]
-        p, m = tl.exp2((u - top) * LOG2E), tl.exp2((u + top) * -LOG2E)
+        top = tl.max(tl.abs(u), axis=1)
+        p, m = tl.exp2((u - top[:, None]) * LOG2E), tl.exp2((u + top[:, None]) * -LOG2E)
     else:
         u = tl.clamp(u, -30.0, 30.0, propagate_nan=tl.PropagateNan.ALL)
         p, m = tl.exp2(u * LOG2E), tl.exp2(u * -LOG2E)
-    return p * scale, m * scale
+    return p * scale, m * scale, top
 
 
 @triton.jit
 def halves(raw, w, b, scale, QUERY: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr, PREC: tl.constexpr):
-    """The halves of phi(raw), of u = raw w + b, in float32, each row times its `scale`."""
+    """The halves of phi(raw), of u = raw w + b, in float32, each row times its `scale`, and the logarithm of what phi
+    of each row has been divided by."""
+    top = tl.zeros((raw.shape[0],), tl.float32)
     u = tl.dot(raw, w, input_precision=PREC)
     if BIAS:
         u += b[None, :]
     if MAP == "hedgehog":
         p, m = softmaxes(u, scale)
     else:
-        p, m = exponentials(u, scale, QUERY)
-    return p, m
+        p, m, top = exponentials(u, scale, QUERY)
+    return p, m, top
 
 
 @triton.jit
 def features(raw, x, start, rows, stride, cols, w, b, n, scale, QUERY: tl.constexpr, MAP: tl.constexpr,
              BIAS: tl.constexpr, PREC: tl.constexpr):
-    """The halves of phi in float32, each row times its `scale`, zero for rows that are not there. Without MAP, raw is
-    the first half, and the second lies beside it in x."""
+    """As `halves`, zero for rows that are not there. Without MAP, raw is the first half of phi, and the second lies
+    beside it in x."""
+    top = tl.zeros((raw.shape[0],), tl.float32)
     if MAP is not None:
-        p, m = halves(raw, w, b, scale, QUERY, MAP, BIAS, PREC)
+        p, m, top = halves(raw, w, b, scale, QUERY, MAP, BIAS, PREC)
     else:
         p, m = raw.to(tl.float32), load_tile(x + cols.shape[0], start, rows, stride, cols, n, tl.float32)
         p, m = p * scale, m * scale
-    return p, m
+    return p, m, top
 
 
 @triton.jit
@@ -304,11 +311,11 @@ def store_weight_gradient(dw, db, program, cols, dW, dB, BIAS: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
+def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, log_den, s1,
                    qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, T, SEG, eps,
                    HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, STORE_S1: tl.constexpr, dtype: tl.constexpr,
-                   PREC: tl.constexpr):
+                   BIAS: tl.constexpr, HAS_S0: tl.constexpr, LOG_DEN: tl.constexpr, STORE_S1: tl.constexpr,
+                   dtype: tl.constexpr, PREC: tl.constexpr):
     bh, seg, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     b, h, n_seg = bh // H, bh % H, tl.num_programs(1)
     q, k, v, o = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, o + b * ob + h * oh
@@ -326,11 +333,11 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
         rawk = load_tile(k, start, rows, kt, cols, n, dtype)
         x = load_tile(v, start, rows, vt, vcols, n, dtype)
         # q before k, float32 for as short as can be: registers are what there is least of
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, 1.0, True, MAP, BIAS, PREC)
+        qp, qm, top = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, 1.0, True, MAP, BIAS, PREC)
         d = tl.sum(qp * zp[None, :] + qm * zm[None, :], axis=1)
         qp, qm = qp.to(dtype), qm.to(dtype)
         inside = (rows < n).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
+        kp, km, _ = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
         zp += column_sums(kp, None, dtype, PREC)
         zm += column_sums(km, None, dtype, PREC)
@@ -347,6 +354,9 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
         store_tile(o, start, rows, ot, vcols, n, y * tl.where(exact == float("inf"), 0.0, 1.0 / d)[:, None])
         if block == 0:
             tl.store(den + bh * T + start + rows, exact, mask=rows < n)
+            if LOG_DEN:
+                log = tl.where(exact == float("inf"), -1e30, tl.log(exact) + top)
+                tl.store(log_den + bh * T + start + rows, log, mask=rows < n)
         Sp = tl.dot(tl.trans(kp), x, Sp, input_precision=PREC)
         Sm = tl.dot(tl.trans(km), x, Sm, input_precision=PREC)
     if STORE_S1:
@@ -356,11 +366,11 @@ def forward_kernel(q, k, v, wq, wk, bq, bk, s0, o, den, s1,
 
 
 @triton.jit
-def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
+def walk(x, y, w, bias, o, den, dlog, deltas, chunks, z, total, seg, bh, block, n_seg,
          xb, xh, xt, yb, yh, yt, ob, oh, ot, H, T, SEG,
          HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-         BIAS: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
-         PREC: tl.constexpr):
+         BIAS: tl.constexpr, CHUNKS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, DLOG: tl.constexpr,
+         dtype: tl.constexpr, PREC: tl.constexpr):
     """Sums of phi(x)^T [y, 1] over a segment, or in the backward pass, from its last token to its first, of
     (phi(x) / den)^T [y, delta] with y = do: with CHUNKS the sum before each chunk, with TOTAL that of the segment."""
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
@@ -388,6 +398,8 @@ def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
             prefetch(o, after, rows, ot, DV, T)
             scale = load_reciprocal(den, bh * T + start, rows, n)
             delta = tl.zeros((L,), tl.float32)
+            if DLOG:
+                delta += tl.load(dlog + bh * T + start + rows, mask=rows < n, other=0.0)
             for j in tl.static_range(DV // BV):
                 c = j * BV + tl.arange(0, BV)
                 delta -= tl.sum(load_tile(o, start, rows, ot, c, n, tl.float32)
@@ -396,7 +408,7 @@ def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
                 if block == 0:
                     tl.store(deltas + bh * T + start + rows, delta, mask=rows < n)
         value = load_tile(y, start, rows, yt, vcols, n, dtype)
-        p, m = features(raw, x, start, rows, xt, cols, W, B, n, scale[:, None], BACKWARD, MAP, BIAS, PREC)
+        p, m, _ = features(raw, x, start, rows, xt, cols, W, B, n, scale[:, None], BACKWARD, MAP, BIAS, PREC)
         p, m = p.to(dtype), m.to(dtype)
         Sp = tl.dot(tl.trans(p), value, Sp, input_precision=PREC)
         Sm = tl.dot(tl.trans(m), value, Sm, input_precision=PREC)
@@ -412,20 +424,20 @@ def walk(x, y, w, bias, o, den, deltas, chunks, z, total, seg, bh, block, n_seg,
 
 
 @triton.jit
-def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, deltas, r, zr, tr,
+def states_kernel(k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, dlog, deltas, r, zr, tr,
                   kb, kh, kt, vb, vh, vt, qb, qh, qt, yb, yh, yt, ob, oh, ot, H, T, SEG,
                   HP: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, MAP: tl.constexpr,
-                  BIAS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, dtype: tl.constexpr,
-                  PREC: tl.constexpr):
+                  BIAS: tl.constexpr, TOTAL: tl.constexpr, BACKWARD: tl.constexpr, DLOG: tl.constexpr,
+                  dtype: tl.constexpr, PREC: tl.constexpr):
     """For the forward pass the total of each segment of k and v. For the backward pass the sums before each chunk, S_n
     and R_n, by independent programs of one launch: together they fill the GPU's last wave better than in turns."""
     bh, seg, block, n_seg = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
     if BACKWARD and block < DV // BV:  # the longer walk first
-        walk(q, do, wq, bq, o, den, deltas, r, zr, tr, seg, bh, block, n_seg, qb, qh, qt, yb, yh, yt, ob, oh, ot,
-             H, T, SEG, HP, DV, BV, L, MAP, BIAS, True, TOTAL, True, dtype, PREC)
+        walk(q, do, wq, bq, o, den, dlog, deltas, r, zr, tr, seg, bh, block, n_seg, qb, qh, qt, yb, yh, yt, ob, oh, ot,
+             H, T, SEG, HP, DV, BV, L, MAP, BIAS, True, TOTAL, True, DLOG, dtype, PREC)
     else:
-        walk(k, v, wk, bk, o, den, deltas, s, zs, ts, seg, bh, block % (DV // BV), n_seg, kb, kh, kt, vb, vh, vt,
-             0, 0, 0, H, T, SEG, HP, DV, BV, L, MAP, BIAS, BACKWARD, TOTAL, False, dtype, PREC)
+        walk(k, v, wk, bk, o, den, dlog, deltas, s, zs, ts, seg, bh, block % (DV // BV), n_seg, kb, kh, kt, vb, vh, vt,
+             0, 0, 0, H, T, SEG, HP, DV, BV, L, MAP, BIAS, BACKWARD, TOTAL, False, False, dtype, PREC)
 
 
 @triton.jit
@@ -487,7 +499,7 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw
             prefetch(s + (program + 1) * 2 * HP * DV, 0, cols, DV, DV, HP)
             prefetch(s + (program * 2 + 3) * HP * DV, 0, cols, DV, DV, HP)
         inside = (rows < n).to(tl.float32)
-        kp, km = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
+        kp, km, _ = features(rawk, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
         dA = tl.zeros((L, L), tl.float32) + delta[:, None]
         gp = delta[:, None] * load_chunk_z(z, z0, program, segment, 0, cols, SEGMENTS)[None, :]
@@ -507,7 +519,7 @@ def grad_q_kernel(q, k, v, wq, wk, bq, bk, s, z, s0, z0, do, den, deltas, dq, dw
         gp = tl.dot(dA, kp, gp, input_precision=PREC)
         gm = tl.dot(dA, km, gm, input_precision=PREC)
         if MAP is not None:
-            p, m = halves(raw, WQ, BQ, 1.0, True, MAP, BIAS, PREC)
+            p, m, _ = halves(raw, WQ, BQ, 1.0, True, MAP, BIAS, PREC)
             du = (half_gradient(p, gp, MAP) - half_gradient(m, gm, MAP)) * r
             if BIAS:
                 dB += tl.sum(du, axis=0)
@@ -548,9 +560,9 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
         inside = (rows < n).to(tl.float32)
         scale = load_reciprocal(den, start, rows, n)
         # psi_q
-        qp, qm = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, scale[:, None], True, MAP, BIAS, PREC)
+        qp, qm, _ = features(rawq, q, start, rows, qt, cols, WQ, BQ, n, scale[:, None], True, MAP, BIAS, PREC)
         qp, qm = qp.to(dtype), qm.to(dtype)
-        kp, km = features(raw, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
+        kp, km, _ = features(raw, k, start, rows, kt, cols, WK, BK, n, inside[:, None], False, MAP, BIAS, PREC)
         kp, km = kp.to(dtype), km.to(dtype)
         x = load_tile(v, start, rows, vt, tl.arange(0, BV), n, dtype)
         A = tl.dot(kp, tl.trans(qp), input_precision=PREC)
@@ -637,12 +649,13 @@ def prefix(sums, first, last, states, z, opt, backward):
 
 def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None,
                       wk: torch.Tensor | None, bq: torch.Tensor | None, bk: torch.Tensor | None,
-                      state: torch.Tensor | None, return_state: bool, eps: float,
-                      kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, den (B, H, T), the state after the last token (B, H, P, D+1), or an empty one)."""
+                      state: torch.Tensor | None, return_state: bool, return_log_den: bool, eps: float,
+                      kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, den (B, H, T), its logarithm with what queries have been divided by, the state after the last token
+    (B, H, P, D+1)), the last two empty where nobody asked for them."""
     B, H, T, _ = q.shape
     opt = options(q, v, wq, bq, kind)
-    o, den, s1 = attention_outputs(q, v, wq, return_state)
+    o, den, log_den, s1 = attention_outputs(q, v, wq, return_state, return_log_den)
     n_blocks, size = opt["DV"] // opt["BV"], 2 * opt["HP"] * (opt["DV"] + 1)
     # The sums of the segments first: a walk of 0.4 times the length, and the prefix. (Measured, as below, on an H100.)
     seg, n_seg = segments(B * H * n_blocks, T, opt["L"], q.device, 1.4, 4)
@@ -650,36 +663,37 @@ def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wq: tor
     if n_seg > 1:
         s0 = q.new_empty(B * H, n_seg, size, dtype=torch.float32)
         states_kernel[(B * H, n_seg, n_blocks)](
-            k, v, wk, bk, None, None, s0, *[None] * 10, *k.stride()[:3], *v.stride()[:3], *[0] * 9, H, T, seg,
-            TOTAL=True, BACKWARD=False, num_stages=1, **opt)
+            k, v, wk, bk, None, None, s0, *[None] * 11, *k.stride()[:3], *v.stride()[:3], *[0] * 9, H, T, seg,
+            TOTAL=True, BACKWARD=False, DLOG=False, num_stages=1, **opt)
         prefix(s0, state, None, None, None, opt, backward=False)
     num_stages = 2 if v.dtype == torch.bfloat16 and opt["HP"] <= 64 else 1  # elsewhere shared memory is full with one
     forward_kernel[(B * H, n_seg, n_blocks)](
-        q, k, v, wq, wk, bq, bk, s0, o, den, s1, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None, STORE_S1=return_state,
-        num_stages=num_stages, **opt)
-    return o, den, s1
+        q, k, v, wq, wk, bq, bk, s0, o, den, log_den if return_log_den else None, s1, *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], H, T, seg, eps, HAS_S0=s0 is not None,
+        LOG_DEN=return_log_den, STORE_S1=return_state, num_stages=num_stages, **opt)
+    return o, den, log_den, s1
 
 
-def attention_outputs(q, v, wq, return_state):
+def attention_outputs(q, v, wq, return_state, return_log_den):
     B, H, T, P = q.shape[:3] + (q.shape[-1] * (1 if wq is None else 2),)
     state = (B, H, P, v.shape[-1] + 1) if return_state else (0,)
-    return (*projections_like(v), q.new_empty(B, H, T, dtype=torch.float32), q.new_empty(state, dtype=torch.float32))
+    shapes = (B, H, T), (B, H, T) if return_log_den else (0,), state
+    return (*projections_like(v), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
-def attention_fake(q, k, v, wq, wk, bq, bk, state, return_state, eps, kind):
-    return attention_outputs(q, v, wq, return_state)
+def attention_fake(q, k, v, wq, wk, bq, bk, state, return_state, return_log_den, eps, kind):
+    return attention_outputs(q, v, wq, return_state, return_log_den)
 
 
-def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                     wq: torch.Tensor | None, wk: torch.Tensor | None, bq: torch.Tensor | None,
-                     bk: torch.Tensor | None, state: torch.Tensor | None, o: torch.Tensor,
+def backward_kernels(do: torch.Tensor, dlog: torch.Tensor | None, ds1: torch.Tensor | None, q: torch.Tensor,
+                     k: torch.Tensor, v: torch.Tensor, wq: torch.Tensor | None, wk: torch.Tensor | None,
+                     bq: torch.Tensor | None, bk: torch.Tensor | None, state: torch.Tensor | None, o: torch.Tensor,
                      den: torch.Tensor, kind: str) -> list[torch.Tensor]:
     """[dq, dk, dv, dwq, dwk, dbq, dbk, dstate]; those that nothing asked for are empty."""
     B, H, T, _ = q.shape
     if do.stride(-1) != 1 or do.stride(2) >= 2**24:
         do = do.contiguous()
-    ds1 = ds1 if ds1 is None else ds1.contiguous()
+    dlog, ds1 = (x if x is None else x.contiguous() for x in (dlog, ds1))
     opt = options(q, v, wq, bq, kind)
     HP, float32 = opt["HP"], torch.float32
     n_chunks = -(-T // opt["L"])
@@ -710,9 +724,9 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     if total:
         ts, tr = q.new_empty(2, B * H, n_seg, size, dtype=float32)
     states_kernel[(B * H, n_seg, 2 * n_blocks)](
-        k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, deltas, r, zr, tr, *k.stride()[:3], *v.stride()[:3],
+        k, v, wk, bk, s, zs, ts, q, do, wq, bq, o, den, dlog, deltas, r, zr, tr, *k.stride()[:3], *v.stride()[:3],
         *q.stride()[:3], *do.stride()[:3], *o.stride()[:3], H, T, walk_tokens, TOTAL=total, BACKWARD=True,
-        num_stages=1, **opt)
+        DLOG=dlog is not None, num_stages=1, **opt)
     if total:
         exact = float32 if state is not None or ds1 is not None else held  # a given state is rounded once, not twice
         s0, r0 = q.new_empty(2, B * H, n_seg, 2 * HP, opt["DV"], dtype=exact)
@@ -731,7 +745,7 @@ def backward_kernels(do: torch.Tensor, ds1: torch.Tensor | None, q: torch.Tensor
     return [dq, dk, dv, *sums, empty() if dstate is None else dstate]
 
 
-def backward_fake(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den, kind):
+def backward_fake(do, dlog, ds1, q, k, v, wq, wk, bq, bk, state, o, den, kind):
     empty = q.new_empty(0, dtype=torch.float32)
     return [*projections_like(q, k, v),
             *(torch.empty_like(empty if w is None else w) for w in (wq, wk, bq, bk)),
@@ -739,15 +753,16 @@ def backward_fake(do, ds1, q, k, v, wq, wk, bq, bk, state, o, den, kind):
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, wq, wk, bq, bk, state, return_state, _, kind = inputs
+    q, k, v, wq, wk, bq, bk, state, return_state, return_log_den, _, kind = inputs
     ctx.save_for_backward(q, k, v, wq, wk, bq, bk, state, output[0], output[1])
-    ctx.return_state, ctx.kind = return_state, kind
+    ctx.return_state, ctx.return_log_den, ctx.kind = return_state, return_log_den, kind
 
 
-def run_backward(ctx, do, _, ds1):
+def run_backward(ctx, do, _, dlog, ds1):
     *inputs, o, den = ctx.saved_tensors
-    grads = torch.ops.hedgehog.attention_backward(do, ds1 if ctx.return_state else None, *inputs, o, den, ctx.kind)
-    return (*(g if x is not None else None for g, x in zip(grads, inputs)), None, None, None)
+    dlog, ds1 = dlog if ctx.return_log_den else None, ds1 if ctx.return_state else None  # PyTorch makes zeros of none
+    grads = torch.ops.hedgehog.attention_backward(do, dlog, ds1, *inputs, o, den, ctx.kind)
+    return (*(g if x is not None else None for g, x in zip(grads, inputs)), None, None, None, None)
 
 
 def no_second_derivative(ctx, *_):
@@ -843,33 +858,99 @@ def check_inputs(q, k, v, wq, wk, bq, bk, state, kind):
 
 
 def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, return_state=False, eps=1e-30,
-                    kind="hedgehog"):
+                    kind="hedgehog", return_log_den=False):
     """Causal linear attention, with wq, wk (H, D, D) of raw q, k (B, H, T, D), without them of features (B, H, T, P).
 
     v: (B, H, T, D), of one dtype with q and k. They may be views, such as heads of one projection, but the last axis is
-    contiguous. kind: the map that wq and wk belong to, one of FUSED_MAPS. Returns y (B, H, T, D), and with return_state
-    the pair (y, state), the state being (B, H, P, D+1) in float32. Raises ValueError for what does not match, and for
-    what `unsupported` names.
+    contiguous. kind: the map that wq and wk belong to, one of FUSED_MAPS. Returns y (B, H, T, D), and with
+    return_log_den and return_state a tuple, y and then each of them in float32: the logarithm of the denominators of
+    phi as it is, not divided (B, H, T), -1e30 for a row that attends to nothing, and the state (B, H, P, D+1). Raises
+    ValueError for what does not match, and for what `unsupported` names.
     Under torch.autocast raw q, k and v are cast, as for softmax attention; weights and state are not, nor features,
     which may span more than float16 can.
     """
     if wq is not None:
         q, k, v = as_autocast(q, k, v)
     check_inputs(q, k, v, wq, wk, bq, bk, state, kind)
+    top = None
     if v.dtype != torch.bfloat16 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
+        if return_log_den and kind == "hedgehog_exp":
+            top = affine(q.detach(), wq, bq).detach().abs().amax(-1)
         q, k = phi(q, wq, bq, kind, is_query=True), phi(k, wk, bk, kind)
         wq = wk = bq = bk = None
     # The kernels count within a chunk in 32 bits, from chunk to chunk in 64.
     q, k, v = (x if x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
     wq, wk, bq, bk, state = (x if x is None else x.contiguous() for x in (wq, wk, bq, bk, state))
-    y, _, state = torch.ops.hedgehog.attention(q, k, v, wq, wk, bq, bk, state, return_state, eps, kind)
-    return (y, state) if return_state else y
+    y, _, log_den, state = torch.ops.hedgehog.attention(q, k, v, wq, wk, bq, bk, state, return_state, return_log_den,
+                                                        eps, kind)
+    log_den = log_den if top is None else log_den + top
+    more = [log_den] * return_log_den + [state] * return_state
+    return (y, *more) if more else y
+
+
+def affine(x, w, b):
+    with torch.autocast(x.device.type, enabled=False):
+        u = x.to(w.dtype) @ w
+        return u if b is None else u + b.unsqueeze(-2)
 
 
 def phi(x, w, b, kind="hedgehog", is_query=False):
+    u = affine(x, w, b)
     with torch.autocast(x.device.type, enabled=False):
-        u = x.to(w.dtype) @ w
-        u = u if b is None else u + b.unsqueeze(-2)
         if kind == "hedgehog_exp":
             return safe_exp(torch.cat((u, -u), dim=-1), is_query)
         return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HybridAttention: its window by PyTorch's flex_attention, what is older by the kernels above
+
+
+def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hedgehog"):
+    """HybridAttention without a state, from raw q, k, v (B, H, T, D), T > window. gate (H, D), gate_bias (H,).
+
+    Beyond the window, linear attention of the queries over the keys `window` tokens ago. The inputs are those of
+    `fused_attention`, in one dtype, but autocast is the caller's.
+    """
+    T, W = q.shape[2], window
+    far, log_den = fused_attention(q[:, :, W:], k[:, :, :-W], v[:, :, :-W], wq, wk, bq, bk, kind=kind,
+                                   return_log_den=True)                                   # (B, H, T-W, D), (B, H, T-W)
+    join = compiled(window_and_far) if q.is_cuda and not torch.compiler.is_compiling() else window_and_far
+    return join(q, k, v, gate, gate_bias, far, log_den, window_mask(T, W, q.device))
+
+
+def window_and_far(q, k, v, gate, gate_bias, far, log_den, mask):
+    """Softmax where `mask` says so, and the rest as one more key of the last queries: value far, its weight den g."""
+    W = q.shape[2] - far.shape[2]
+    with torch.autocast(q.device.type, enabled=False):
+        y, log_near = softmax_with_sum(q, k, v, mask)                                     # (B, H, T, D), (B, H, T)
+        y = y.float()
+        log_far = log_den + (q[:, :, W:].float() * gate.unsqueeze(1)).sum(-1) + gate_bias.unsqueeze(1)
+        share = F.pad(log_far - log_near[:, :, W:], (W, 0), value=-1e30).sigmoid().unsqueeze(-1)
+        return (y + share * (F.pad(far.float(), (0, 0, W, 0)) - y)).to(v.dtype)
+
+
+def softmax_with_sum(q, k, v, mask):
+    """Softmax attention, and the logarithm of its denominators."""
+    if hasattr(flex, "AuxRequest"):
+        y, more = flex.flex_attention(q, k, v, block_mask=mask, return_aux=flex.AuxRequest(lse=True))
+        return y, more.lse
+    return flex.flex_attention(q, k, v, block_mask=mask, return_lse=True)  # PyTorch before 2.10
+
+
+@torch.compiler.assume_constant_result
+@cache
+def window_mask(T, W, device, L=128):
+    """flex_attention's mask of the last W keys. Its blocks of L are listed, since create_block_mask forms (T, T)."""
+    with torch.inference_mode(False):  # what is made inside could not be kept for a backward pass later
+        last = torch.arange(-(-T // L), device=device)                                    # of each block of queries
+        first = (last * L - W + 1).clamp(min=0) // L
+        blocks = (first[:, None] + last).clamp(max=len(last) - 1)                         # as many as count are read
+        count, blocks = (x[None, None].int() for x in (last - first + 1, blocks))
+        return flex.BlockMask.from_kv_blocks(count, blocks, BLOCK_SIZE=L, seq_lengths=(T, T),
+                                             mask_mod=lambda b, h, t, s: (s <= t) & (t - s < W))
+
+
+@cache
+def compiled(function):
+    return torch.compile(function, fullgraph=True)

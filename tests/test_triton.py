@@ -100,15 +100,31 @@ def exact(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, kind="hedgeho
     return linear_attention(q, k, v, "chunked", state=state, return_state=True)
 
 
+def exact_with_log_den(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, kind="hedgehog"):
+    """y, and the logarithm of the denominators of features as they are: queries are not divided by their largest."""
+    y, phi_q, phi_k = exact(q, k, v, wq, wk, bq, bk, state, kind)[0], q, k
+    if wq is not None:
+        u = q @ wq if bq is None else q @ wq + bq.unsqueeze(-2)
+        phi_q = torch.cat((u, -u), -1).exp() if kind == "hedgehog_exp" else features(q, wq, bq, kind, True)
+        phi_k = features(k, wk, bk, kind, False)
+    den = (phi_q @ phi_k.mT).tril().sum(-1)                                               # (B, H, T)
+    den = den if state is None else den + (phi_q @ state[..., -1:]).squeeze(-1)
+    return y, den.log()
+
+
+def fused_with_log_den(**x):
+    return hedgehog_triton.fused_attention(**x, return_log_den=True)
+
+
 def fused(**x):
     return hedgehog_triton.fused_attention(**x, return_state=True)
 
 
 def outputs_and_gradients(function, x, cotangents, **options):
     x = {name: value.detach().requires_grad_() for name, value in x.items()}
-    y, state = function(**x, **options)
-    loss = (y.double() * cotangents[0]).sum() + (state.double() * cotangents[1]).sum()
-    return [y, state, *torch.autograd.grad(loss, list(x.values()))]
+    outputs = function(**x, **options)
+    loss = sum((y.double() * g).sum() for y, g in zip(outputs, cotangents, strict=True))
+    return [*outputs, *torch.autograd.grad(loss, list(x.values()))]
 
 
 @pytest.mark.parametrize("shape", [
@@ -142,13 +158,54 @@ def test_values_and_every_gradient_equal_the_definition(shape, kind, segmented, 
         assert (a - b).norm() <= bound * b.norm(), name
 
 
+@pytest.mark.parametrize("shape", [
+    dict(B=1, H=2, T=70, D=32, bias=True),
+    dict(B=2, H=1, T=40, D=32, state=True, magnitude=10.0),
+    dict(B=1, H=1, T=17, D=128, bias=True),
+    dict(B=1, H=1, T=45, D=64, P=32, state=True),
+    dict(B=1, H=2, T=70, D=64, dtype=torch.bfloat16),
+    dict(B=1, H=1, T=130, D=64, dtype=torch.bfloat16, bias=True, state=True),
+    dict(B=1, H=1, T=70, D=128, dtype=torch.bfloat16),
+])
+@pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("of", ["both", "log_den"])
+def test_the_logarithm_of_the_denominators_and_every_gradient_equal_the_definition(shape, kind, segmented, of,
+                                                                                   monkeypatch):
+    if segmented:
+        monkeypatch.setattr(hedgehog_triton, "segments", lambda programs, T, L, *_: (L, -(-T // L)))
+        monkeypatch.setattr(hedgehog_triton, "CHUNKS_PER_PROGRAM", 1)
+    dtype = shape.get("dtype", torch.float32)
+    x = make(**{name: value for name, value in shape.items() if name != "dtype"})
+    B, H, T, D = x["v"].shape
+    dy, dlog = torch.randn(B, H, T, D).to(dtype).double(), torch.randn(H, B, T).double().transpose(0, 1)
+    rounded = {name: value.to(dtype) if name in ("q", "k", "v", "wq", "wk") else value for name, value in x.items()}
+    given = {name: value if name in ("q", "k", "v") else value.float() for name, value in rounded.items()}
+    cotangents = dy * (of == "both"), dlog
+    ours = outputs_and_gradients(fused_with_log_den, given, cotangents, kind=kind)
+    double = {name: value.double() for name, value in given.items()}
+    true = outputs_and_gradients(exact_with_log_den, double, cotangents, kind=kind)
+    bound = 1e-5 if dtype == torch.float32 else 0.01
+    assert ours[1].dtype == torch.float32 and ((ours[1] - true[1]).abs() <= bound * (1 + true[1].abs())).all()
+    for name, a, b in zip(("y", "log_den", *x), ours, true, strict=True):
+        assert (a - b).norm() <= bound * b.norm(), name
+
+
+def test_with_a_state_the_logarithm_of_the_denominators_stands_before_it():
+    x = make(1, 2, 40, 32, state=True)
+    y, log_den, state = hedgehog_triton.fused_attention(**x, return_state=True, return_log_den=True)
+    assert torch.equal(log_den, fused_with_log_den(**x)[1])
+    assert all(torch.equal(a, b) for a, b in zip((y, state), fused(**x)))
+
+
 def test_a_row_without_weight_is_zero_with_zero_gradient():
     x = make(1, 1, 5, 32, P=32)
     x["q"][:, :, 2] = 0
     q = x["q"].requires_grad_()
-    y = hedgehog_triton.fused_attention(**x)
-    y.sum().backward()
+    y, log_den = fused_with_log_den(**x)
+    (y.sum() + log_den.sum()).backward()
     assert (y[:, :, 2] == 0).all() and (q.grad[:, :, 2] == 0).all() and q.grad[:, :, 3].abs().sum() > 0
+    assert (log_den == -1e30).nonzero().tolist() == [[0, 0, 2]]
 
 
 def test_a_denominator_that_is_not_a_number_shows():
@@ -385,17 +442,18 @@ def test_torch_compile_takes_it_in_one_graph_for_any_length(options, dynamic):
     assert counter.frame_count <= 2 * 2, "with gradients and without, for the first T and for all others at most"
 
 
-@pytest.mark.parametrize("options, return_state", [
-    (dict(bias=True, state=True), True), ({}, False), (dict(P=64), True)])
-def test_torch_library_finds_nothing_wrong(options, return_state):
+@pytest.mark.parametrize("options, return_state, return_log_den", [
+    (dict(bias=True, state=True), True, False), ({}, False, False), ({}, False, True), (dict(P=64), True, True)])
+def test_torch_library_finds_nothing_wrong(options, return_state, return_log_den):
     x = make(1, 2, 20, 32, **options)
     inputs = [x[name].requires_grad_() if name in x else None for name in NAMES]
     attention, backward = torch.ops.hedgehog.attention.default, torch.ops.hedgehog.attention_backward.default
-    torch.library.opcheck(attention, (*inputs, return_state, 1e-30, "hedgehog"))
+    torch.library.opcheck(attention, (*inputs, return_state, return_log_den, 1e-30, "hedgehog"))
     inputs = [y if y is None else y.detach() for y in inputs]
-    y, den, state = attention(*inputs, return_state, 1e-30, "hedgehog")
-    torch.library.opcheck(backward, (torch.randn_like(y), torch.randn_like(state) if return_state else None, *inputs, y,
-                                     den, "hedgehog"))
+    y, den, log_den, state = attention(*inputs, return_state, return_log_den, 1e-30, "hedgehog")
+    dlog, ds1 = (torch.randn_like(x) if given else None for x, given in
+                 ((log_den, return_log_den), (state, return_state)))
+    torch.library.opcheck(backward, (torch.randn_like(y), dlog, ds1, *inputs, y, den, "hedgehog"))
 
 
 class OnAGPU(NamedTuple):
