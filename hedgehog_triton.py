@@ -64,6 +64,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hedgehog import FUSED_MAPS, as_autocast, safe_exp
 
@@ -74,6 +75,8 @@ if "disable_licm" not in inspect.signature(tl.range.__init__).parameters:
 CHUNKS_PER_PROGRAM = 8           # of the gradient kernels
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of the walking kernels: what their registers allow
 LOG2E = tl.constexpr(1.4426950408889634)
+# How flex_attention is asked for the logarithm of its denominators, until PyTorch 2.9 and since.
+WITH_LOG = dict(return_aux=flex.AuxRequest(lse=True)) if hasattr(flex, "AuxRequest") else dict(return_lse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -909,48 +912,39 @@ def phi(x, w, b, kind="hedgehog", is_query=False):
 def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hedgehog"):
     """HybridAttention without a state, from raw q, k, v (B, H, T, D), T > window. gate (H, D), gate_bias (H,).
 
-    Beyond the window, linear attention of the queries over the keys `window` tokens ago. The inputs are those of
-    `fused_attention`, in one dtype, but autocast is the caller's.
+    What is older than the window is linear attention of the queries over the keys `window` tokens ago. The inputs are
+    those of `fused_attention`, in one dtype: autocast is the caller's.
     """
-    T, W = q.shape[2], window
+    W = window
     far, log_den = fused_attention(q[:, :, W:], k[:, :, :-W], v[:, :, :-W], wq, wk, bq, bk, kind=kind,
                                    return_log_den=True)                                   # (B, H, T-W, D), (B, H, T-W)
     join = compiled(window_and_far) if q.is_cuda and not torch.compiler.is_compiling() else window_and_far
-    return join(q, k, v, gate, gate_bias, far, log_den, window_mask(T, W, q.device))
+    return join(q, k, v, gate, gate_bias, far, log_den, W)
 
 
-def window_and_far(q, k, v, gate, gate_bias, far, log_den, mask):
-    """Softmax where `mask` says so, and the rest as one more key of the last queries: value far, its weight den g."""
-    W = q.shape[2] - far.shape[2]
+def window_and_far(q, k, v, gate, gate_bias, far, log_den, W):
+    """Softmax over the last W keys, and for the queries that have older ones, over those as if they were one more key:
+    its value is far, its weight den times the gate."""
     with torch.autocast(q.device.type, enabled=False):
-        y, log_near = softmax_with_sum(q, k, v, mask)                                     # (B, H, T, D), (B, H, T)
-        y = y.float()
+        y, log_near = flex_attention(q, k, v, block_mask=window_mask(q.shape[2], W, q.device), **WITH_LOG)
+        log_near = getattr(log_near, "lse", log_near)                                     # (B, H, T)
         log_far = log_den + (q[:, :, W:].float() * gate.unsqueeze(1)).sum(-1) + gate_bias.unsqueeze(1)
         share = F.pad(log_far - log_near[:, :, W:], (W, 0), value=-1e30).sigmoid().unsqueeze(-1)
+        y = y.float()
         return (y + share * (F.pad(far.float(), (0, 0, W, 0)) - y)).to(v.dtype)
 
 
-def softmax_with_sum(q, k, v, mask):
-    """Softmax attention, and the logarithm of its denominators."""
-    if hasattr(flex, "AuxRequest"):
-        y, more = flex.flex_attention(q, k, v, block_mask=mask, return_aux=flex.AuxRequest(lse=True))
-        return y, more.lse
-    return flex.flex_attention(q, k, v, block_mask=mask, return_lse=True)  # PyTorch before 2.10
-
-
-@torch.compiler.assume_constant_result
-@cache
 def window_mask(T, W, device, L=128):
-    """flex_attention's mask of the last W keys. Its blocks of L are listed, since create_block_mask forms (T, T)."""
-    with torch.inference_mode(False):  # what is made inside could not be kept for a backward pass later
-        last = torch.arange(-(-T // L), device=device)                                    # of each block of queries
-        first = (last * L - W + 1).clamp(min=0) // L
-        blocks = (first[:, None] + last).clamp(max=len(last) - 1)                         # as many as count are read
-        count, blocks = (x[None, None].int() for x in (last - first + 1, blocks))
-        return flex.BlockMask.from_kv_blocks(count, blocks, BLOCK_SIZE=L, seq_lengths=(T, T),
-                                             mask_mod=lambda b, h, t, s: (s <= t) & (t - s < W))
+    """flex_attention's mask of the last W keys. Its blocks of L are listed, where create_block_mask forms (T, T)."""
+    last = torch.arange(-(-T // L), device=device)                                        # of each block of queries
+    first = (last * L - W + 1).clamp(min=0) // L
+    blocks = (first[:, None] + last).clamp(max=len(last) - 1)                             # as many as count are read
+    count, blocks = (x[None, None].int() for x in (last - first + 1, blocks))
+    return BlockMask.from_kv_blocks(count, blocks, BLOCK_SIZE=L, seq_lengths=(T, T),
+                                    mask_mod=lambda b, h, t, s: (s <= t) & (t - s < W))
 
 
 @cache
 def compiled(function):
-    return torch.compile(function, fullgraph=True)
+    """One of every dtype, length and window, with gradients and without, may be more than the 8 that PyTorch allows."""
+    return torch._dynamo.config.patch(recompile_limit=64)(torch.compile(function, fullgraph=True))
