@@ -22,6 +22,7 @@ if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
 import triton
 import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention as flex
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import check_triton
 import hedgehog
 import hedgehog_triton
-from hedgehog import LinearAttention, linear_attention, safe_exp
+from hedgehog import GPT, GPTConfig, HybridAttention, LinearAttention, linear_attention, safe_exp
 
 NAMES = ("q", "k", "v", "wq", "wk", "bq", "bk", "state")
 
@@ -374,6 +375,127 @@ def test_maps_of_two_kinds_are_not_made_in_the_kernels(called):
     q, k, v = torch.randn(3, 1, 2, 20, 32)
     torch.testing.assert_close(layer(q, k, v, "auto"), layer(q, k, v, "quadratic"), rtol=1e-4, atol=1e-5)
     assert len(called) == 1 and len(called[0][0]) == 3, "features alone"
+
+
+# The hybrid: kernels beyond the window, flex_attention in it
+
+
+@pytest.fixture
+def hybrids(called, monkeypatch):
+    """The shapes of q in each call of the kernels' hybrid. On the CPU flex_attention refuses gradients, which it has."""
+    calls, f = [], hedgehog_triton.hybrid_attention
+    monkeypatch.setattr(hedgehog_triton, "hybrid_attention", lambda *x: calls.append(x[0].shape) or f(*x))
+    monkeypatch.setattr(flex, "_validate_device", lambda *x: None)
+    torch.compiler.reset()
+    return calls
+
+
+def hybrid(kind, window, H=2, D=32, **options):
+    """One in which every parameter matters, and what is old weighs about as much as the window."""
+    torch.manual_seed(0)
+    layer = HybridAttention(H, D, kind, window=window, **options)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p += 0.3 * torch.randn_like(p)
+        layer.map_gate_bias += 4
+    return layer
+
+
+def with_gradients(function, layer, inputs, g):
+    y = function(*inputs)
+    return dict(zip(("y", *"qkv", *dict(layer.named_parameters())),
+                    (y, *torch.autograd.grad((y.double() * g).sum(), (*inputs, *layer.parameters())))))
+
+
+def plain(layer):
+    return lambda *x: layer.attend(*x, "auto", None, False, 0)
+
+
+@pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
+@pytest.mark.parametrize("T, window", [(40, 1), (33, 32), (77, 9), (300, 100), (140, 128)])
+@pytest.mark.parametrize("options", [dict(bias=True), dict(tie_qk=True, learn_temperature=True)])
+def test_the_hybrid_of_the_kernels_equals_the_plain_one(kind, T, window, options, hybrids):
+    layer = hybrid(kind, window, **options)
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, T, 2, 32).transpose(2, 3)]
+    g = torch.randn(1, 2, T, 32)
+    ours = with_gradients(layer, layer, inputs, g)
+    assert hybrids == [(1, 2, T, 32)]
+    true = with_gradients(plain(layer.double()), layer, [x.double() for x in inputs], g)
+    for name, b in true.items():
+        assert (ours[name] - b).norm() <= 1e-5 * b.norm(), name
+
+
+@pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_hybrid_of_the_kernels_in_half_precision_and_under_autocast(kind, dtype, hybrids):
+    layer, g = hybrid(kind, 64, D=64, bias=True), torch.randn(1, 2, 150, 64)
+    inputs = [x.to(dtype).requires_grad_() for x in torch.randn(3, 1, 2, 150, 64)]
+    ours = with_gradients(layer, layer, inputs, g)
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    again = with_gradients(autocast(dtype)(layer), layer, wide, g)
+    assert ours["y"].dtype == again["y"].dtype == ours["q"].dtype == dtype and len(hybrids) == 2
+    true = with_gradients(plain(layer.double()), layer, [x.double() for x in inputs], g)
+    for name, b in true.items():
+        assert torch.equal(ours[name].float(), again[name].float()), name
+        assert (ours[name] - b).norm() <= 0.02 * b.norm(), name
+
+
+def test_the_hybrids_queries_may_be_beyond_the_range_of_float32(hybrids):
+    layer, g = hybrid("hedgehog_exp", 4), torch.randn(1, 2, 40, 32)
+    inputs = [(x * scale).requires_grad_() for x, scale in zip(torch.randn(3, 1, 2, 40, 32), (30, 1, 1))]
+    assert layer.map_q.log_shift(inputs[0]).max() > 100                                   # e^88 is the end of float32
+    ours = with_gradients(layer, layer, inputs, g)
+    true = with_gradients(plain(layer.double()), layer, [x.double() for x in inputs], g)
+    assert hybrids and all((ours[name] - b).norm() <= 1e-3 * b.norm() for name, b in true.items())
+
+
+def test_the_hybrid_is_plain_with_a_past_for_a_text_in_the_window_or_another_map(hybrids):
+    def run(x, kind="hedgehog", *more, **options):
+        return hybrid(kind, 8)(*x, *more, **options)
+    x = torch.randn(3, 1, 2, 20, 32)
+    _, state = run(x, return_state=True)
+    run(x, state=state), run(x[:, :, :, :8]), run(x, "elu"), run(x, "hedgehog", "chunked")
+    run((x[0].bfloat16(), *x[1:]))                                                        # dtypes that differ
+    hybrid("hedgehog", 8).double()(*x.double())
+    layer, keys = hybrid("hedgehog", 8, H=4), torch.ones(1, 20, dtype=torch.bool)
+    layer.map_k = hybrid("hedgehog", 8).map_k
+    layer.attend(torch.randn(1, 4, 20, 32), *x[1:], "auto", None, False, 0, keys=keys)    # grouped queries, padding
+    assert not hybrids
+    run(x[:, :, :, :9])
+    assert len(hybrids) == 1
+
+
+def test_a_hybrid_says_why_it_is_plain(as_on_a_gpu):
+    layer, x = HybridAttention(2, 48, window=8), torch.randn(3, 1, 2, 20, 48)
+    said = said_in(lambda: (layer(*x), layer(*x)))
+    assert len(said) == 1 and "head width 48" in said[0]
+
+
+@pytest.mark.parametrize("T, W", [(2, 1), (127, 126), (128, 1), (129, 128), (300, 100), (1000, 129), (1024, 300)])
+def test_the_blocks_of_the_window_are_those_that_its_mask_leaves(T, W):
+    ours = hedgehog_triton.window_mask(T, W, "cpu")
+    true = flex.create_block_mask(ours.mask_mod, None, None, T, T, device="cpu")
+    t = torch.arange(T)
+    assert ours.shape == true.shape and torch.equal(ours.to_dense(), true.to_dense())
+    assert torch.equal(ours.mask_mod(0, 0, t[:, None], t), torch.ones(T, T, dtype=torch.bool).tril().triu(1 - W))
+
+
+@pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
+def test_a_gpt_of_hybrids_on_the_kernels_is_one_graph(kind, hybrids):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 31, n_layer=2, n_head=2, n_embd=64, attention=kind, hybrid_window=7, segment_size=8))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, idx = torch.compile(model, fullgraph=True, backend=counter), torch.randint(31, (2, 50))
+
+    def gradients(function):
+        model.zero_grad()
+        with autocast():
+            loss = function(idx, idx)[1]
+        loss.backward()
+        return loss.detach(), *(p.grad.float() for p in model.parameters())
+    for a, b in zip(gradients(compiled), gradients(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=1e-4)
+    assert counter.frame_count == 1 and len(hybrids) >= 4
 
 
 # As PyTorch's own operations: autocast, no_grad, torch.compile, torch.library's checks
