@@ -28,12 +28,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the top-level files are not an installed package
-from hedgehog import FUSED_MAPS, LinearAttention, divide, safe_exp  # noqa: E402
+from hedgehog import FUSED_MAPS, HybridAttention, LinearAttention, divide, safe_exp  # noqa: E402
 from train_gpt import provenance, save_json  # noqa: E402
 
 if torch.cuda.is_available():  # PyTorch's CPU build has no Triton; that there is no GPU is told at the end of the file
@@ -181,12 +182,94 @@ def check_all(rows):
     out = []
     for case in rows:
         try:
-            out.append(check(*case))
+            out.append(case() if callable(case) else check(*case))
         except Exception as e:  # the others are still worth knowing
             out.append(dict(case=str(case), ok=False, worst=f"{type(e).__name__}: {str(e)[:300]}", identical=None,
                             errors={}))
         torch.cuda.empty_cache()  # float64 references take several GiB, and each worker would keep them
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The logarithm of the denominators, and the hybrid that needs it
+
+
+def compare(case, ours, exact, inputs, outputs, dtype, runs=2):
+    """A row as `check` makes it. ours, exact: functions of `inputs` (name -> float64) that return a dict of `outputs`.
+    Of the inputs q, k, v are given in `dtype`, the maps' weights rounded to it."""
+    torch.manual_seed(1)
+    narrow = lambda name, x: x.to(dtype) if name in ("q", "k", "v") else x.float()  # noqa: E731
+    rounded = {n: x.to(dtype).double() if n in ("q", "k", "v") or n.endswith("weight") else x.float().double()
+               for n, x in inputs.items()}
+
+    def run(function, given):
+        given = {n: x.detach().requires_grad_() for n, x in given.items()}
+        found = function(**given)
+        loss = sum((found[n].double() * g).sum() for n, g in cotangents.items())
+        grads = torch.autograd.grad(loss, list(given.values()))
+        return {n: y.detach() for n, y in found.items()} | {f"d{n}": g for n, g in zip(given, grads)}
+    cotangents = {n: torch.randn(shape, device="cuda", dtype=torch.float64) for n, shape in outputs.items()}
+    unrounded = run(exact, inputs)
+    cotangents["y"] = cotangents["y"].to(dtype).double()
+    reference, results = run(exact, rounded), [run(ours, {n: narrow(n, x) for n, x in rounded.items()})
+                                               for _ in range(runs)]
+    written = lambda n, a: a.to(dtype) if n in ("y", "dq", "dk", "dv") else a  # noqa: E731
+    of_rounding = {} if dtype == fp32 else {n: error(a, unrounded[n]) for n, a in reference.items()}
+    errors = {n: error(results[0][n], a) for n, a in reference.items()}
+    ratios = {n: e / (1e-4 if dtype == fp32 else 2 * max(of_rounding[n], error(written(n, reference[n]), reference[n])))
+              for n, e in errors.items()}
+    identical = all(torch.equal(again[n], a) for again in results[1:] for n, a in results[0].items())
+    worst = max(ratios, key=ratios.get)
+    return dict(case=case, runs=runs, worst=worst, of_bound=ratios, errors=errors, identical=identical,
+                of_inputs={n: errors[n] / max(e, 1e-12) for n, e in of_rounding.items()},
+                ok=identical and all(a.isfinite().all().item() for a in results[0].values()) and ratios[worst] <= 1)
+
+
+def raw(H, T, D, seed=0):
+    """q, k, v as they come out of the projection, views of one tensor, in float64."""
+    torch.manual_seed(seed)
+    return dict(zip("qkv", torch.randn(2, T, 3, H, D, device="cuda", dtype=torch.float64).permute(2, 0, 3, 1, 4)))
+
+
+def log_den(T, D, dtype, kind):
+    """y and the logarithm of its denominators, gradients through both."""
+    inputs = raw(3, T, D)
+    for name in ("q_weight", "k_weight"):
+        x = torch.randn(3, D, D, device="cuda", dtype=torch.float64)
+        inputs[name] = torch.eye(D, device="cuda", dtype=torch.float64) + 0.3 / D ** 0.5 * x
+
+    def ours(q, k, v, q_weight, k_weight):
+        return dict(zip(("y", "log_den"), fused_attention(q, k, v, q_weight, k_weight, kind=kind, return_log_den=True)))
+
+    def definition(q, k, v, q_weight, k_weight):
+        y, _ = exact(q, k, v, q_weight, k_weight, None, None, None, kind)
+        weights = (phi(q, q_weight, None, kind, True) @ phi(k, k_weight, None, kind).mT).tril()
+        top = (q @ q_weight).detach().abs().amax(-1) if kind == "hedgehog_exp" else 0.0   # what phi(q) was divided by
+        return dict(y=y, log_den=weights.sum(-1).log() + top)
+    return compare(f"T={T} D={D} {str(dtype)[6:]}, {kind}, log_den", ours, definition, inputs,
+                   dict(y=(2, 3, T, D), log_den=(2, 3, T)), dtype)
+
+
+def hybrid(T, window, dtype, kind, D=64):
+    """HybridAttention against itself in float64, which is plain PyTorch."""
+    inputs = raw(3, T, D)
+    layer = HybridAttention(3, D, kind, bias=True, window=window, segment_size=0).to(device="cuda")
+    parameters = {n: p.detach().double() + 0.3 / D ** 0.5 * torch.randn(p.shape, device="cuda", dtype=torch.float64)
+                  for n, p in layer.named_parameters()}
+    parameters["map_gate_bias"] += 5                                                      # what is old counts, too
+    names = {n.replace(".", "_"): n for n in parameters}
+
+    def run(q, k, v, **given):
+        return dict(y=functional_call(layer, {names[n]: x for n, x in given.items()}, (q, k, v)))
+    return compare(f"T={T} D={D} {str(dtype)[6:]}, {kind}, hybrid, window {window}", run, run,
+                   inputs | {n: parameters[names[n]] for n in names}, dict(y=(2, 3, T, D)), dtype)
+
+
+def hybrid_cases():
+    for dtype, kind in itertools.product((bf16, fp32), FUSED_MAPS):
+        yield [partial(log_den, T, D, dtype, kind) for D in (64, 128) for T in (65, 1000, 1024)]
+        yield [partial(hybrid, T, window, dtype, kind) for window in (64, 100) for T in (65, 1000, 1024, 4096)
+               if T > window]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,10 +295,10 @@ def split_and_resume(kind="hedgehog"):
     return same(f"split at 333 of 1,000, {kind}", [("y", torch.cat((y1, y2), 2), y), ("state", state, end)], 4e-3)
 
 
-def compiled(kind="hedgehog"):
+def compiled(kind="hedgehog", window=0):
     """torch.compile in one graph against eager: under autocast, which casts q and v; and without gradients."""
     torch.manual_seed(0)
-    layer = LinearAttention(4, 64, kind).cuda()
+    layer = (partial(HybridAttention, window=window) if window else LinearAttention)(4, 64, kind).cuda()
     x = torch.randn(2, 4, 200, 64, device="cuda")
 
     def run(function):
@@ -227,7 +310,8 @@ def compiled(kind="hedgehog"):
     with torch.no_grad():
         y = whole(*[x.to(bf16)] * 3, "auto")
     pairs = [*zip(("y", "dq", "dwq", "dwk"), run(whole), run(layer)), ("y without gradients", y, run(layer)[0])]
-    row = same(f"torch.compile(fullgraph=True), autocast, {kind}", pairs)
+    case = f"torch.compile(fullgraph=True), autocast, {kind}" + f", hybrid, window {window}" * (window > 0)
+    row = same(case, pairs, 4e-3 if window else 0.0)  # the window's sums may be compiled another way
     return row | dict(ok=row["ok"] and y.dtype == run(layer)[0].dtype == bf16)
 
 
@@ -310,10 +394,11 @@ def main(argv=None):
         for row in rows:
             print(row["case"], "ok" if row["ok"] else "FAILED", row["worst"], flush=True)
     else:
-        groups = list(cases())
+        groups = [*cases(), *hybrid_cases()]
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
             rows = [row for group in tqdm(pool.map(check_all, groups), total=len(groups)) for row in group]
-        of_each = [partial(special, kind) for special in (split_and_resume, compiled) for kind in FUSED_MAPS]
+        specials = split_and_resume, compiled, partial(compiled, window=64)
+        of_each = [partial(special, kind) for special in specials for kind in FUSED_MAPS]
         second = [on_another_gpu] if torch.cuda.device_count() > 1 else []
         for special in (*of_each, fallback, *second, past_2_to_31_elements, past_2_to_31_in_time):
             try:

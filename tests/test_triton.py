@@ -314,6 +314,23 @@ def test_a_row_of_the_check_says_what_the_error_is_of_its_bound_and_of_rounding_
     assert not row["ok"] and row["of_inputs"]["y"] == pytest.approx(9, rel=0.01)
 
 
+@pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_the_hybrid_pass_and_see_a_wrong_denominator(kind, dtype, hybrids, monkeypatch):
+    f = hedgehog_triton.fused_attention
+    monkeypatch.setattr(check_triton, "fused_attention", f, raising=False)
+    rows = lambda: (check_triton.log_den(40, 32, dtype, kind), check_triton.hybrid(40, 9, dtype, kind, D=32))  # noqa
+    with OnTheCPU():
+        assert all(row["ok"] for row in rows()) and hybrids
+
+        def wrong(*x, **options):
+            y, log_den = f(*x, **options)
+            return y, log_den + 0.1 * log_den.detach().abs().mean()
+        monkeypatch.setattr(check_triton, "fused_attention", wrong)
+        monkeypatch.setattr(hedgehog_triton, "fused_attention", wrong)
+        assert not any(row["ok"] for row in rows())
+
+
 def test_rows_under_a_sanitizer_are_kept_where_one_asks_for_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -382,7 +399,7 @@ def test_maps_of_two_kinds_are_not_made_in_the_kernels(called):
 
 @pytest.fixture
 def hybrids(called, monkeypatch):
-    """The shapes of q in each call of the kernels' hybrid. On the CPU flex_attention refuses gradients, which it has."""
+    """The shapes of q in each call of the kernels' hybrid. On the CPU, flex_attention refuses gradients that it has."""
     calls, f = [], hedgehog_triton.hybrid_attention
     monkeypatch.setattr(hedgehog_triton, "hybrid_attention", lambda *x: calls.append(x[0].shape) or f(*x))
     monkeypatch.setattr(flex, "_validate_device", lambda *x: None)
