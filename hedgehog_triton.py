@@ -18,6 +18,7 @@ Design
     with psi_q = phi_q / den and delta = -<do, o>, written by the walk that makes R. The map's own backward runs at the
     end of each chunk. The gradients of W are summed in registers over a few chunks, written once a program and added up
     by PyTorch in a fixed order: no atomics, so two runs agree to the last bit.
+    Where the logarithm of the denominators is an output, too, its gradient is added to delta, and that is all.
     When B H programs cannot fill the GPU, T is cut into segments. The forward pass takes their sums first (`states`
     without writing chunks), an exclusive prefix over them, then all segments at once. The backward pass writes S_n and
     R_n as sums within a segment; the prefix is added where they are read.
@@ -75,7 +76,7 @@ if "disable_licm" not in inspect.signature(tl.range.__init__).parameters:
 CHUNKS_PER_PROGRAM = 8           # of the gradient kernels
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of the walking kernels: what their registers allow
 LOG2E = tl.constexpr(1.4426950408889634)
-# How flex_attention is asked for the logarithm of its denominators, until PyTorch 2.9 and since.
+# How flex_attention is asked for the logarithm of its denominators; before AuxRequest by a flag, since deprecated.
 WITH_LOG = dict(return_aux=flex.AuxRequest(lse=True)) if hasattr(flex, "AuxRequest") else dict(return_lse=True)
 
 

@@ -34,14 +34,14 @@ from common import read_rows, ready
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from hedgehog import GPT, GPTConfig, LinearAttention
+from hedgehog import GPT, GPTConfig, HybridAttention, LinearAttention
 from train_gpt import cli, provenance, save_json, utilisation
 
 MIB = 2**20
 # Whose ratios are printed at the end.
-PAIRS = (("fused", "softmax"), ("fused", "fla"), ("fused", "chunked"), ("chunked", "softmax"),
-         ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"), ("chunked", "fla reference"),
-         ("chunked", "fla"))
+PAIRS = (("fused", "softmax"), ("fused, hybrid 64", "softmax"), ("fused", "fla"), ("fused", "chunked"),
+         ("chunked", "softmax"), ("chunked, all kept", "softmax"), ("chunked", "fast-transformers"),
+         ("chunked", "fla reference"), ("chunked", "fla"))
 # Whose map, made where. flash-linear-attention's own (fla.modules.feature_map) is another function: one softmax of both
 # halves, one W for all heads.
 MAPS = {"fused": "in the kernels", "fla": "ours, by torch.compile, in front of their kernels",
@@ -61,8 +61,8 @@ def softmax(q, k, v, backend=None):
 
 
 def make_forms(layer, device, peers=True):
-    """Our forms, with the maps of `layer` and in one case with their weights in the exponential map, softmax attention,
-    and with `peers` the libraries on this machine."""
+    """Our forms, with the maps of `layer` and on CUDA with their weights in the exponential map and in a hybrid with
+    softmax over 64 tokens, softmax attention, and with `peers` the libraries on this machine."""
     kept = LinearAttention(layer.map_q.weight.shape[0], layer.map_q.weight.shape[-1], segment_size=0,
                            chunk_size=64 if device == "cpu" else 128)
     kept.map_q, kept.map_k = layer.map_q, layer.map_k
@@ -72,9 +72,12 @@ def make_forms(layer, device, peers=True):
         forms = {f"softmax, {name}": functools.partial(softmax, backend=b) for name, b in backends.items()}
         chunked = torch.compile(functools.partial(kept, form="chunked"), fullgraph=True, dynamic=False)
         exponential = LinearAttention(layer.map_q.n_head, layer.map_q.head_dim, "hedgehog_exp").to(device)
-        exponential.map_q.weight, exponential.map_k.weight = layer.map_q.weight, layer.map_k.weight
+        hybrid = HybridAttention(layer.map_q.n_head, layer.map_q.head_dim, window=64).to(device)
+        for other in (exponential, hybrid):
+            other.map_q.weight, other.map_k.weight = layer.map_q.weight, layer.map_k.weight
         forms |= {"fused": functools.partial(layer, form="auto"), "chunked": chunked,
-                  "fused, hedgehog_exp": functools.partial(exponential, form="auto")}
+                  "fused, hedgehog_exp": functools.partial(exponential, form="auto"),
+                  "fused, hybrid 64": functools.partial(hybrid, form="auto")}
         return forms | (fla_kernels(layer) if peers else {})
     forms = {"softmax": softmax, "chunked": layer, "chunked, all kept": kept,
              "cumsum": functools.partial(layer, form="cumsum"), "quadratic": functools.partial(layer, form="quadratic")}
@@ -349,12 +352,14 @@ def measure_training(T, args, common):
     device, n_layer, vocab = args.device, args.train_layers, args.train_vocabulary
     idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
     steps, rows, models = {}, [], []
-    pairs = [(form, attention) for form in args.train_forms
-             for attention in (args.train_attention if form != "softmax" else ["softmax"])]
-    for form, attention in pairs:
+    kinds = [(form, attention, window) for form in args.train_forms
+             for attention in (args.train_attention if form != "softmax" else ["softmax"])
+             for window in (args.train_hybrid_window if form != "softmax" else [0])]
+    for form, attention, window in kinds:
         name = form if attention in ("softmax", "hedgehog") else f"{form}, {attention}"
+        name += f", hybrid {window}" if window else ""
         model = GPT(GPTConfig(T, vocab, n_layer, args.heads, args.heads * args.dim, attention=attention, chunk_size=128,
-                              segment_size=0)).to(device)
+                              segment_size=0, hybrid_window=window)).to(device)
         if form == "chunked":
             for block in model.transformer.h:
                 block.attn.linear.forward = functools.partial(block.attn.linear.forward, form="chunked")
@@ -470,6 +475,8 @@ def parse(argv):
     add("--train-forms", nargs="+", default=("softmax", "fused"), choices=("softmax", "fused", "chunked"))
     add("--train-attention", nargs="+", default=("hedgehog",), choices=("hedgehog", "hedgehog_exp"),
         help="maps of the forms but softmax, each a model")
+    add("--train-hybrid-window", type=int, nargs="+", default=(0,),
+        help="tokens that every layer of those sees by softmax, the map having the older ones, each a model; 0: none")
     add("--train-layers", type=int, default=12)
     add("--train-vocabulary", type=int, default=50304, help="GPT-2's 50257 on a multiple of 64 (default: %(default)s)")
     add("--train-steps", type=int, default=15, help="turns of every model")

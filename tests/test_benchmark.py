@@ -186,13 +186,16 @@ def test_rows_of_other_lengths_and_passes_are_kept(tmp_path):
 
 def test_training_is_measured_beside_softmax(tmp_path, capsys, monkeypatch):
     out, trained = tmp_path / "rows.json", []
-    monkeypatch.setattr(benchmark, "GPT", lambda c, make=benchmark.GPT: trained.append(c.attention) or make(c))
+    monkeypatch.setattr(benchmark, "GPT",
+                        lambda c, make=benchmark.GPT: trained.append((c.attention, c.hybrid_window)) or make(c))
     benchmark.main(["--T", "--decode", "--train", "16", "--train-layers", "1", "--train-steps", "1", "--warmup", "1",
                     "--heads", "1", "--dim", "8", "--tokens", "16", "--train-forms", "softmax", "chunked",
-                    "--train-attention", "hedgehog", "hedgehog_exp", "--out", str(out)])
+                    "--train-attention", "hedgehog", "hedgehog_exp", "--train-hybrid-window", "0", "4",
+                    "--out", str(out)])
     rows = {row["form"]: row for row in json.loads(out.read_text())}
-    assert list(rows) == ["gpt, softmax", "gpt, chunked", "gpt, chunked, hedgehog_exp"]
-    assert trained == ["softmax", "hedgehog", "hedgehog_exp"]
+    assert list(rows) == ["gpt, softmax", "gpt, chunked", "gpt, chunked, hybrid 4", "gpt, chunked, hedgehog_exp",
+                          "gpt, chunked, hedgehog_exp, hybrid 4"]
+    assert trained == [("softmax", 0), ("hedgehog", 0), ("hedgehog", 4), ("hedgehog_exp", 0), ("hedgehog_exp", 4)]
     assert all(row["tokens_per_second"] > 0 and row["peak_mib"] > 0 and "mfu" in row for row in rows.values())
     said = capsys.readouterr().out
     assert "training at T=16: gpt, chunked" in said and "training at T=16: gpt, chunked, hedgehog_exp" in said
