@@ -489,7 +489,7 @@ def test_a_hybrid_says_why_it_is_plain(as_on_a_gpu):
     assert len(said) == 1 and "head width 48" in said[0]
 
 
-@pytest.mark.parametrize("T, W", [(2, 1), (127, 126), (128, 1), (129, 128), (300, 2), (300, 100), (1000, 129), (1024, 300)])
+@pytest.mark.parametrize("T, W", [(2, 1), (128, 1), (129, 128), (300, 2), (300, 100), (1000, 129), (1024, 300)])
 def test_the_blocks_of_the_window_are_those_that_its_mask_leaves(T, W):
     ours = hedgehog_triton.window_mask(T, W, "cpu")
     true = flex.create_block_mask(ours.mask_mod, None, None, T, T, device="cpu")
