@@ -879,7 +879,7 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
     top = None
     if v.dtype != torch.bfloat16 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
         if return_log_den and kind == "hedgehog_exp":
-            top = affine(q.detach(), wq, bq).detach().abs().amax(-1)
+            top = affine(q, wq, bq).detach().abs().amax(-1)
         q, k = phi(q, wq, bq, kind, is_query=True), phi(k, wk, bk, kind)
         wq = wk = bq = bk = None
     # The kernels count within a chunk in 32 bits, from chunk to chunk in 64.
