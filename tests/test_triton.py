@@ -485,6 +485,7 @@ def test_the_hybrid_is_plain_with_a_past_for_a_text_in_the_window_or_another_map
 
 def test_a_hybrid_says_why_it_is_plain(as_on_a_gpu):
     layer, x = HybridAttention(2, 48, window=8), torch.randn(3, 1, 2, 20, 48)
+    assert not said_in(lambda: HybridAttention(2, 48, "elu", window=8)(*x)), "which no kernels have at any width"
     said = said_in(lambda: (layer(*x), layer(*x)))
     assert len(said) == 1 and "head width 48" in said[0]
 
