@@ -264,7 +264,8 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, window=0, log_gat
         log_sum = s.masked_fill(hidden, -math.inf).logsumexp(-1, keepdim=True)
         p = (s - log_sum).exp().masked_fill(hidden, 0)
         a = (phi_q @ phi_k.mT).clamp(*bounds)
-        log_a, near = a.log(), torch.ones_like(hidden).triu(1 - window) & (window > 0)    # near: or in the future
+        # near: in the window or in the future. With an `if`: Inductor of PyTorch 2.11 takes no tensor & (window > 0).
+        log_a, near = a.log(), torch.ones_like(hidden).triu(1 - window) if window else torch.zeros_like(hidden)
         log_a_sum = a.masked_fill(hidden | near, 0).sum(-1, keepdim=True).clamp(min=bounds[0]).log()
         too_faint = (math.log(faint) - log_a_sum.squeeze(-1)).clamp(min=0)                # (B, H, T)
         if window:  # as logarithms, since the gate, which holds what phi(q) was divided by, may be beyond float32
