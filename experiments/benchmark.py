@@ -17,7 +17,6 @@ flash-linear-attention fla-core einops`: on the CPU its plain PyTorch reference,
 """
 
 import argparse
-import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -26,6 +25,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from common import read_rows, ready
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+import hedgehog
 from hedgehog import GPT, GPTConfig, HybridAttention, LinearAttention
 from train_gpt import cli, provenance, save_json, utilisation
 
@@ -56,7 +57,7 @@ PACKAGES = {"fused": ["triton"], "fla": ["triton", "flash-linear-attention", "fl
 
 
 def softmax(q, k, v, backend=None):
-    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+    with sdpa_kernel(backend) if backend else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -145,7 +146,7 @@ def origin(form):
     names = (name, name.split(",")[0])
     found = dict(map=next((MAPS[n] for n in names if n in MAPS), None))
     for package in next((PACKAGES[n] for n in names if n in PACKAGES), ()):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return {key: value for key, value in found.items() if value}
 
@@ -324,13 +325,13 @@ def measure_decoding(batch, args, common):
     token = torch.randint(256, (batch, 1), device=args.device)
     for i in range(args.warmup + args.decode_tokens):
         for _, _, model, cache, ms in sequences:
-            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+            with sdpa_kernel(backend) if backend else nullcontext():
                 ms.append(time_ms(lambda: model(token, cache=cache), args.device))
     rows = []
     for form, p, model, cache, ms in sequences:
         held = sum(x.nbytes for x in cache[0].values() if torch.is_tensor(x))
         used = held if "hedgehog" in form else held * p // (p + steps)
-        with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+        with sdpa_kernel(backend) if backend else nullcontext():
             peak = peak_mib(lambda: model(token, cache=cache), args.device)
         rows.append({"form": form, "T": p, "pass": "decode", "ms": statistics.median(ms[args.warmup:]),
                      "peak_mib": peak, "total_mib": peak + n_layer * held / MIB, "state_bytes_per_layer": used,
@@ -360,14 +361,11 @@ def measure_training(T, args, common):
         name += f", hybrid {window}" if window else ""
         model = GPT(GPTConfig(T, vocab, n_layer, args.heads, args.heads * args.dim, attention=attention, chunk_size=128,
                               segment_size=0, hybrid_window=window)).to(device)
-        if form == "chunked":
-            for block in model.transformer.h:
-                block.attn.linear.forward = functools.partial(block.attn.linear.forward, form="chunked")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         compiled = torch.compile(model, fullgraph=True, dynamic=False) if device == "cuda" else model
 
-        def step(compiled=compiled, optimizer=optimizer):
-            with torch.autocast(device, torch.bfloat16):
+        def step(compiled=compiled, optimizer=optimizer, attention=no_kernels if form == "chunked" else nullcontext):
+            with torch.autocast(device, torch.bfloat16), attention():
                 loss = compiled(idx[:, :-1], idx[:, 1:])[1]
             loss.backward()
             optimizer.step()
@@ -392,6 +390,16 @@ def measure_training(T, args, common):
         rate = idx[:, 1:].numel() / median
         row |= {"ms": 1e3 * median, "tokens_per_second": rate, "mfu": utilisation(model, rate, torch.device(device))}
     return rows
+
+
+@contextmanager
+def no_kernels():
+    """A GPU without Triton: what attends by the kernels elsewhere is chunked, in plain PyTorch, on features in bf16."""
+    kernels, hedgehog.fused_kernels = hedgehog.fused_kernels, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        hedgehog.fused_kernels = kernels
 
 
 def synchronize(device):
@@ -516,7 +524,7 @@ def main(argv=None):
 
     # flash-linear-attention's autotuner does not know of T: on CUDA every T gets a fresh process.
     fresh = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) if args.device == "cuda" else None
-    with fresh or contextlib.nullcontext():
+    with fresh or nullcontext():
         for T in args.T:
             print(f"{time.strftime('%X')} T={T} ...", flush=True)
             add(fresh.apply(measure, (T, args, common)) if fresh else measure(T, args, common))

@@ -382,9 +382,10 @@ def sanitizer():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="a few small shapes, for compute-sanitizer")
+    parser.add_argument("--hybrid", action="store_true", help="the logarithm of the denominators and the hybrid alone")
     parser.add_argument("--workers", type=int, default=4, help="processes, which compile at the same time")
     parser.add_argument("--out", type=Path, help="the rows; default: those in experiments/results/triton-check.json, "
-                        "and with --small none")
+                        "and with --small or --hybrid none")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU here, on which the kernels are to be checked")
@@ -394,19 +395,22 @@ def main(argv=None):
         for row in rows:
             print(row["case"], "ok" if row["ok"] else "FAILED", row["worst"], flush=True)
     else:
-        groups = [*cases(), *hybrid_cases()]
+        groups = [*([] if options.hybrid else cases()), *hybrid_cases()]
         with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
             rows = [row for group in tqdm(pool.map(check_all, groups), total=len(groups)) for row in group]
-        specials = split_and_resume, compiled, partial(compiled, window=64)
-        of_each = [partial(special, kind) for special in specials for kind in FUSED_MAPS]
-        second = [on_another_gpu] if torch.cuda.device_count() > 1 else []
-        for special in (*of_each, fallback, *second, past_2_to_31_elements, past_2_to_31_in_time):
+        specials = [partial(compiled, kind, window=64) for kind in FUSED_MAPS]
+        if not options.hybrid:
+            specials += [partial(special, kind) for special in (split_and_resume, compiled) for kind in FUSED_MAPS]
+            specials += [fallback] + [on_another_gpu] * (torch.cuda.device_count() > 1)
+            specials += [past_2_to_31_elements, past_2_to_31_in_time]
+        for special in specials:
             try:
                 rows.append(special())
             except Exception as e:
                 rows.append(dict(case=str(special), ok=False, worst=f"{type(e).__name__}: {str(e)[:300]}"))
             torch.cuda.empty_cache()
-        options.out = options.out or ROOT / "experiments" / "results" / "triton-check.json"
+        if not options.hybrid:
+            options.out = options.out or ROOT / "experiments" / "results" / "triton-check.json"
     if options.out:
         about = dict(sanitizer=sanitizer(), **provenance(torch.device("cuda")))
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import benchmark  # noqa: E402
 import profile_triton  # noqa: E402
 
+import hedgehog  # noqa: E402
+
 TOY = "--T 64 128 --heads 2 --dim 8 --repeats 1 --warmup 1 --decode 5 10 --decode-tokens 2 --threads 1".split()
 
 
@@ -199,6 +201,15 @@ def test_training_is_measured_beside_softmax(tmp_path, capsys, monkeypatch):
     assert all(row["tokens_per_second"] > 0 and row["peak_mib"] > 0 and "mfu" in row for row in rows.values())
     said = capsys.readouterr().out
     assert "training at T=16: gpt, chunked" in said and "training at T=16: gpt, chunked, hedgehog_exp" in said
+
+
+def test_training_without_kernels_is_what_a_machine_without_triton_does():
+    layer, (q, k, v) = hedgehog.LinearAttention(2, 32), torch.randn(3, 1, 2, 8, 32)
+    kernels = hedgehog.fused_kernels
+    with benchmark.no_kernels():
+        assert hedgehog.fused_kernels(v, 32, True) is None
+        assert torch.equal(layer(q, k, v), layer(q, k, v, form="chunked"))
+    assert hedgehog.fused_kernels is kernels
 
 
 def test_counters_of_ncu_become_rows_with_floors():
