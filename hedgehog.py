@@ -431,9 +431,10 @@ class HybridAttention(LinearAttention):
     against one beyond. What a map's `is_query` divides by must then be put back: HYBRID_MAPS are those with a
     `log_shift`.
 
-    Arguments as in LinearAttention. In plain PyTorch, float32 at least; on a GPU, for the hedgehog maps and without a
-    state, PyTorch's flex_attention has the window and the fused kernels what is older. The state is a tuple: the last
-    `window` keys, their values with the column of ones, both float32 at least, and the sum S over all older tokens.
+    Arguments as in LinearAttention. The state is a tuple: the last `window` keys, their values with the column of ones,
+    both float32 at least, and the sum S over all older tokens. On a GPU, for the hedgehog maps, without a state and for
+    more than `window` tokens, flex_attention has the window and the fused kernels have what is older; `attend` itself
+    is plain PyTorch, in float32 at least.
 
     `attend` takes grouped queries, too: k, v and map_k may have K heads, each of which serves H / K of q's; so has the
     state. `keys` (B, T): False for padding, which is no key, but takes up its place in the window if it stands inside.

@@ -394,7 +394,7 @@ def measure_training(T, args, common):
 
 @contextmanager
 def no_kernels():
-    """A GPU without Triton: what attends by the kernels elsewhere is chunked, in plain PyTorch, on features in bf16."""
+    """A GPU without Triton: chunked, in plain PyTorch, on features in bfloat16, a hybrid's in float32."""
     kernels, hedgehog.fused_kernels = hedgehog.fused_kernels, lambda *_, **__: None
     try:
         yield

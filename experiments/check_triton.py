@@ -378,7 +378,7 @@ def sanitizer():
         while pid:
             words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
             if Path(words[0]).name == "compute-sanitizer":
-                return " ".join(words).strip()
+                return " ".join(("compute-sanitizer", *words[1:])).strip()
             pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])  # its parent
 
 

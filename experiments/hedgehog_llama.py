@@ -185,8 +185,8 @@ def swap(model, kind="hedgehog", hybrid_window=0, **map_options):
     kind: one of MAPS; it and map_options as in hedgehog.FeatureMap. Projections stay, with their names. Rotated
     features depend on where a token stands, and not only on how far it is from others, so positions that are not given
     are counted from the first token that is not padding, also where transformers would count the padding.
-    hybrid_window: softmax weighs the last so many tokens and the map older ones, as in hedgehog.HybridAttention; the
-    kind "window" has nothing for them.
+    hybrid_window: softmax weighs the last so many tokens and the map older ones, as in hedgehog.HybridAttention, in
+    plain PyTorch; the kind "window" has nothing for them.
     """
     if kind not in (*MAPS, "window"):
         raise ValueError(f"{kind!r} is not a map of single heads and positions: choose one of {', '.join(MAPS)}")
