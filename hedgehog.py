@@ -627,8 +627,8 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x)                                                              # (B, T, 3C)
         if self.short_conv is not None:
             qkv = self.short_conv(qkv, cache)
-        qkv = qkv.unflatten(-1, (3, self.n_head, -1))                                     # (B, T, 3, H, D)
-        return qkv.permute(2, 0, 3, 1, 4)                                                 # q, k, v, each (B, H, T, D)
+        qkv = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(dim=2)                       # each (B, T, H, D)
+        return [x.transpose(1, 2) for x in qkv]                                           # q, k, v, each (B, H, T, D)
 
     def merge_heads(self, y):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))              # (B, T, C)

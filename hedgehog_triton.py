@@ -894,8 +894,8 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
 
 def affine(x, w, b):
     with torch.autocast(x.device.type, enabled=False):
-        u = x.to(w.dtype) @ w
-        return u if b is None else u + b.unsqueeze(-2)
+        u = x.float() @ w.float()  # weights may be float16, in which exp(u) would overflow
+        return u if b is None else u + b.float().unsqueeze(-2)
 
 
 def phi(x, w, b, kind="hedgehog", is_query=False):
@@ -929,14 +929,18 @@ def window_and_far(q, k, v, gate, gate_bias, far, log_den, W):
     with torch.autocast(q.device.type, enabled=False):
         y, log_near = flex_attention(q, k, v, block_mask=window_mask(q.shape[2], W, q.device), **WITH_LOG)
         log_near = getattr(log_near, "lse", log_near)                                     # (B, H, T)
-        log_far = log_den + (q[:, :, W:].float() * gate.unsqueeze(1)).sum(-1) + gate_bias.unsqueeze(1)
-        share = F.pad(log_far - log_near[:, :, W:], (W, 0), value=-1e30).sigmoid().unsqueeze(-1)
-        y = y.float()
-        return (y + share * (F.pad(far.float(), (0, 0, W, 0)) - y)).to(v.dtype)
+        # Without q.float(), which would be kept for the backward pass, twice as wide as q.
+        log_far = log_den + (q[:, :, W:] * gate.float().unsqueeze(1)).sum(-1) + gate_bias.unsqueeze(1)
+        share = (log_far - log_near[:, :, W:]).sigmoid().unsqueeze(-1)                    # (B, H, T-W, 1)
+        near = y[:, :, W:].float()
+        late = (near + share * (far.float() - near)).to(v.dtype)
+        early, late = (x.transpose(1, 2) for x in (y[:, :, :W], late))  # put together as (B, T, H, D): see merge_heads
+        return torch.cat((early, late), dim=1).transpose(1, 2)
 
 
 def window_mask(T, W, device, L=128):
-    """flex_attention's mask of the last W keys. Its blocks of L are listed, where create_block_mask forms (T, T)."""
+    """flex_attention's mask of the last W keys. Its blocks of L are listed, where create_block_mask forms (T, T); as
+    BlockMask keeps lists, that is still (T / L)^2 numbers, 1 MiB at 65,536 tokens."""
     last = torch.arange(-(-T // L), device=device)                                        # of each block of queries
     first = (last * L - W + 1).clamp(min=0) // L
     blocks = (first[:, None] + last).clamp(max=len(last) - 1)                             # as many as count are read
@@ -947,5 +951,6 @@ def window_mask(T, W, device, L=128):
 
 @cache
 def compiled(function):
-    """One of every dtype, length and window, with gradients and without, may be more than the 8 that PyTorch allows."""
-    return torch._dynamo.config.patch(recompile_limit=64)(torch.compile(function, fullgraph=True))
+    """torch.compile for callers that are not compiled themselves; the first call takes a while. One variant of every
+    dtype, batch of one, length, window and shape of heads, with gradients and without, is more than PyTorch's 8."""
+    return torch._dynamo.config.patch(recompile_limit=256)(torch.compile(function, fullgraph=True))

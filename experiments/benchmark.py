@@ -350,6 +350,8 @@ def measure_training(T, args, common):
     """
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
+    if args.device == "cuda":
+        torch._dynamo.config.recompile_limit = 64  # all models share one code, of which 8 variants are allowed
     device, n_layer, vocab = args.device, args.train_layers, args.train_vocabulary
     idx = torch.randint(vocab, (max(1, args.tokens // T), T + 1), device=device)
     steps, rows, models = {}, [], []

@@ -273,6 +273,9 @@ def hybrid_cases():
         yield [partial(log_den, T, D, dtype, kind) for D in (64, 128) for T in (65, 1000, 1024)]
         yield [partial(hybrid, T, window, dtype, kind) for window in (64, 100) for T in (65, 1000, 1024, 4096)
                if T > window]
+    for kind in FUSED_MAPS:
+        yield [partial(hybrid, T, 200, bf16, kind) for T in (201, 1000)] + [partial(hybrid, 1000, 64, fp16, kind)]
+        yield [partial(hybrid, T, 64, dtype, kind, D) for D in (32, 128) for dtype in (bf16, fp32) for T in (70, 1000)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
