@@ -878,9 +878,10 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
     check_inputs(q, k, v, wq, wk, bq, bk, state, kind)
     top = None
     if v.dtype != torch.bfloat16 and v.shape[-1] == 128 and wq is not None:  # W and its parts do not fit on the chip
+        q, k = affine(q, wq, bq), affine(k, wk, bk)
         if return_log_den and kind == "hedgehog_exp":
-            top = affine(q, wq, bq).detach().abs().amax(-1)
-        q, k = phi(q, wq, bq, kind, is_query=True), phi(k, wk, bk, kind)
+            top = q.detach().abs().amax(-1)
+        q, k = phi(q, kind, is_query=True), phi(k, kind)
         wq = wk = bq = bk = None
     # The kernels count within a chunk in 32 bits, from chunk to chunk in 64.
     q, k, v = (x if x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
@@ -898,9 +899,8 @@ def affine(x, w, b):
         return u if b is None else u + b.float().unsqueeze(-2)
 
 
-def phi(x, w, b, kind="hedgehog", is_query=False):
-    u = affine(x, w, b)
-    with torch.autocast(x.device.type, enabled=False):
+def phi(u, kind, is_query=False):
+    with torch.autocast(u.device.type, enabled=False):
         if kind == "hedgehog_exp":
             return safe_exp(torch.cat((u, -u), dim=-1), is_query)
         return torch.stack((u, -u), dim=-2).softmax(dim=-1).flatten(-2)

@@ -80,7 +80,7 @@ def fused(q, k, v, wq, wk, bq, bk, state, kind):
 
 
 def values_and_gradients(function, inputs, cotangents, kind, unit):
-    """[y, state, gradients of all inputs], None where there is none. `unit`: what a key's features are like, which the
+    """{name: y, state or gradient of an input}, of those there are. `unit`: what a key's features are like, which the
     given state and the gradient of the last must be like, too: beside e^30 they would not be seen."""
     inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
     y, state = function(*inputs[:-1], None if inputs[-1] is None else unit * inputs[-1], kind)
@@ -88,14 +88,35 @@ def values_and_gradients(function, inputs, cotangents, kind, unit):
     if inputs[-1] is not None:
         loss = loss + (state.double() / unit * cotangents[1]).sum()
     grads = iter(torch.autograd.grad(loss, [x for x in inputs if x is not None]))
-    state = state.detach() if inputs[-1] is not None else None
-    return [y.detach(), state, *(None if x is None else next(grads) for x in inputs)]
+    state = None if inputs[-1] is None else state.detach()
+    found = y.detach(), state, *(None if x is None else next(grads) for x in inputs)
+    return {name: x for name, x in zip(NAMES, found) if x is not None}
 
 
 def error(a, b, other=None):
     """`other`: what to measure by where b is zero but for rounding, as dq and dk are at T = 1."""
     scale = b.norm() if other is None or b.norm() > 1e-9 * other.norm() else other.norm()
     return ((a.double() - b).norm() / scale.clamp(min=1e-30)).item()
+
+
+def judge(case, dtype, results, reference, unrounded=None):
+    """The row of a case, from {name: tensor} of each run, of the exact function of the rounded inputs, and where that
+    makes the bound, not for float32, of the exact function of the inputs as they were."""
+    bounds, of_rounding, dv = dict.fromkeys(reference, 1e-4), {}, reference["dv"]
+    if dtype != fp32:
+        for n, a in reference.items():
+            bounds[n] = 0.02
+            if a.norm() > 1e-9 * dv.norm():
+                written = a.to(dtype) if n in ("y", "dq", "dk", "dv") else a
+                of_rounding[n] = error(a, unrounded[n])                                   # of the inputs alone
+                bounds[n] = 2 * max(of_rounding[n], error(written, a))
+    errors = {n: error(results[0][n], a, dv) for n, a in reference.items()}
+    ratios = {n: errors[n] / max(bound, 1e-12) for n, bound in bounds.items()}
+    of_inputs = {n: errors[n] / max(rounding, 1e-12) for n, rounding in of_rounding.items()}
+    identical = all(torch.equal(a, again[n]) for again in results[1:] for n, a in results[0].items())
+    finite, worst = all(a.isfinite().all().item() for a in results[0].values()), max(ratios, key=ratios.get)
+    return dict(case=case, runs=len(results), worst=worst, of_bound=ratios, of_inputs=of_inputs, errors=errors,
+                identical=identical, ok=finite and identical and ratios[worst] <= 1)
 
 
 def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, kind="hedgehog", runs=2):
@@ -127,29 +148,10 @@ def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, kind="hedgehog", 
         poison = [torch.full((B * H * T * D * 2 + 1024,), torch.nan, device="cuda") for _ in range(3)]
         del poison
         results.append(values_and_gradients(fused, mixed, given, kind, unit))
-    of_rounding = {}  # what rounding the inputs alone costs
-    if dtype == fp32:
-        bounds = [1e-4] * len(NAMES)
-    else:
-        unrounded = values_and_gradients(exact, inputs, cotangents, kind, unit)
-        written = lambda n, a: a.to(dtype) if n in ("y", "dq", "dk", "dv") else a  # noqa: E731
-        bounds = []
-        for n, a, b in zip(NAMES, reference, unrounded):
-            if a is not None and a.norm() > 1e-9 * reference[4].norm():
-                of_rounding[n] = error(a, b)
-                bounds.append(2 * max(of_rounding[n], error(written(n, a), a)))
-            else:
-                bounds.append(0.0 if a is None else 0.02)
-    errors = {n: error(a, b, reference[4]) for n, a, b in zip(NAMES, results[0], reference) if a is not None}
-    ratios = {n: errors[n] / max(bound, 1e-12) for n, bound in zip(NAMES, bounds) if n in errors and bound}
-    of_inputs = {n: errors[n] / max(rounding, 1e-12) for n, rounding in of_rounding.items()}
-    identical = all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again) if a is not None)
-    worst = max(ratios, key=ratios.get)
-    finite = all(a.isfinite().all().item() for a in results[0] if a is not None)
-    return dict(case=f"B={B} H={H} T={T} D={D} P={P} {str(dtype)[6:]}" + f", {kind}" * (kind != "hedgehog")
-                + ", biases and state" * full + f", magnitude {magnitude:g}" * (magnitude != 1), runs=runs,
-                worst=worst, of_bound=ratios, of_inputs=of_inputs, errors=errors, identical=identical,
-                ok=finite and identical and ratios[worst] <= 1)
+    unrounded = None if dtype == fp32 else values_and_gradients(exact, inputs, cotangents, kind, unit)
+    case = (f"B={B} H={H} T={T} D={D} P={P} {str(dtype)[6:]}" + f", {kind}" * (kind != "hedgehog")
+            + ", biases and state" * full + f", magnitude {magnitude:g}" * (magnitude != 1))
+    return judge(case, dtype, results, reference, unrounded)
 
 
 def small_cases():
@@ -209,20 +211,10 @@ def compare(case, ours, exact, inputs, outputs, dtype, runs=2):
         grads = torch.autograd.grad(loss, list(given.values()))
         return {n: y.detach() for n, y in found.items()} | {f"d{n}": g for n, g in zip(given, grads)}
     cotangents = {n: torch.randn(shape, device="cuda", dtype=torch.float64) for n, shape in outputs.items()}
-    unrounded = run(exact, inputs)
+    unrounded = None if dtype == fp32 else run(exact, inputs)
     cotangents["y"] = cotangents["y"].to(dtype).double()
-    reference, results = run(exact, rounded), [run(ours, {n: narrow(n, x) for n, x in rounded.items()})
-                                               for _ in range(runs)]
-    written = lambda n, a: a.to(dtype) if n in ("y", "dq", "dk", "dv") else a  # noqa: E731
-    of_rounding = {} if dtype == fp32 else {n: error(a, unrounded[n]) for n, a in reference.items()}
-    errors = {n: error(results[0][n], a) for n, a in reference.items()}
-    ratios = {n: e / (1e-4 if dtype == fp32 else 2 * max(of_rounding[n], error(written(n, reference[n]), reference[n])))
-              for n, e in errors.items()}
-    identical = all(torch.equal(again[n], a) for again in results[1:] for n, a in results[0].items())
-    worst = max(ratios, key=ratios.get)
-    return dict(case=case, runs=runs, worst=worst, of_bound=ratios, errors=errors, identical=identical,
-                of_inputs={n: errors[n] / max(e, 1e-12) for n, e in of_rounding.items()},
-                ok=identical and all(a.isfinite().all().item() for a in results[0].values()) and ratios[worst] <= 1)
+    results = [run(ours, {n: narrow(n, x) for n, x in rounded.items()}) for _ in range(runs)]
+    return judge(case, dtype, results, run(exact, rounded), unrounded)
 
 
 def raw(H, T, D, seed=0):
