@@ -58,14 +58,11 @@ product (came out wrong on an H100 with Triton 3.6, the reason is not known).
 """
 
 import inspect
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.nn.attention import flex_attention as flex
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hedgehog import FUSED_MAPS, as_autocast, safe_exp
 
@@ -76,8 +73,6 @@ if "disable_licm" not in inspect.signature(tl.range.__init__).parameters:
 CHUNKS_PER_PROGRAM = 8           # of the gradient kernels
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of the walking kernels: what their registers allow
 LOG2E = tl.constexpr(1.4426950408889634)
-# How flex_attention is asked for the logarithm of its denominators; before AuxRequest by a flag, since deprecated.
-WITH_LOG = dict(return_aux=flex.AuxRequest(lse=True)) if hasattr(flex, "AuxRequest") else dict(return_lse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,16 +80,25 @@ WITH_LOG = dict(return_aux=flex.AuxRequest(lse=True)) if hasattr(flex, "AuxReque
 
 
 @triton.jit
-def load_tile(ptr, start, rows, stride, cols, n, dtype: tl.constexpr):
-    """Rows start + rows (zero from the n-th on) and columns cols of a matrix whose last axis is contiguous."""
+def load_tile(ptr, start, rows, stride, cols, n, dtype: tl.constexpr, first=None):
+    """Rows start + rows (zero from the n-th on, and before `first`) and columns cols of a matrix whose last axis is
+    contiguous."""
     at = ptr + start * stride + (rows[:, None] * stride + cols[None, :])  # start is int64: no overflow past 2^31
-    return tl.load(at, mask=rows[:, None] < n, other=0.0).to(dtype)
+    return tl.load(at, mask=between(rows[:, None], first, n), other=0.0).to(dtype)
 
 
 @triton.jit
-def store_tile(ptr, start, rows, stride, cols, n, x):
+def store_tile(ptr, start, rows, stride, cols, n, x, first=None):
     at = ptr + start * stride + (rows[:, None] * stride + cols[None, :])
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=rows[:, None] < n)
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=between(rows[:, None], first, n))
+
+
+@triton.jit
+def between(rows, first, n):
+    inside = rows < n
+    if first is not None:
+        inside = inside & (rows >= first)
+    return inside
 
 
 INTERPRETED = not isinstance(store_tile, triton.JITFunction)
@@ -632,10 +636,16 @@ def options(q, v, wq, bq, kind):
     """The compile-time part of every launch. HP: half the feature width, which is D where the map is made inside."""
     HP = q.shape[-1] // (1 if wq is not None else 2)
     DV = v.shape[-1]
-    dtype, precision = (tl.bfloat16, "ieee") if v.dtype == torch.bfloat16 else (tl.float32, "tf32x3")
-    L = 64 if v.dtype == torch.bfloat16 else 32 if HP <= 64 else 16  # what fits into shared memory
-    return dict(HP=HP, DV=DV, BV=min(DV, 64), L=L, MAP=None if wq is None else kind, BIAS=bq is not None,
-                dtype=dtype, PREC=precision, num_warps=4 if HP <= 64 else 8)
+    return dict(HP=HP, DV=DV, BV=min(DV, 64), MAP=None if wq is None else kind, BIAS=bq is not None,
+                **products(v.dtype, HP))
+
+
+def products(dtype, width):
+    """How products are made of tensors in `dtype`, tiles of which are (L, width)."""
+    bf16 = dtype == torch.bfloat16
+    L = 64 if bf16 else 32 if width <= 64 else 16  # what fits into shared memory
+    return dict(L=L, dtype=tl.bfloat16 if bf16 else tl.float32, PREC="ieee" if bf16 else "tf32x3",
+                num_warps=4 if width <= 64 else 8)
 
 
 def projections_like(*tensors):
@@ -782,15 +792,22 @@ def on_device_of_first(kernels):
     return launch
 
 
-# torch.library.custom_op would do this in one line, and check at each call that no output shares memory with an input,
-# which takes longer than a small forward pass.
-for name, kernels, fake in (("hedgehog::attention", attention_kernels, attention_fake),
-                            ("hedgehog::attention_backward", backward_kernels, backward_fake)):
-    torch.library.define(name, torch.library.infer_schema(kernels, mutates_args=()))
-    torch.library.impl(name, "default", on_device_of_first(kernels))
-    torch.library.register_fake(name, fake)
-torch.library.register_autograd("hedgehog::attention", run_backward, setup_context=save_for_backward)
-torch.library.register_autograd("hedgehog::attention_backward", no_second_derivative)
+def register(name, forward, forward_fake, save, backward, kernels, kernels_fake):
+    """hedgehog::name, and hedgehog::name_backward, which `backward` calls.
+
+    torch.library.custom_op would do this in one line, and check at each call that no output shares memory with an
+    input, which takes longer than a small forward pass."""
+    name = f"hedgehog::{name}"
+    for op, launch, fake in ((name, forward, forward_fake), (f"{name}_backward", kernels, kernels_fake)):
+        torch.library.define(op, torch.library.infer_schema(launch, mutates_args=()))
+        torch.library.impl(op, "default", on_device_of_first(launch))
+        torch.library.register_fake(op, fake)
+    torch.library.register_autograd(name, backward, setup_context=save)
+    torch.library.register_autograd(f"{name}_backward", no_second_derivative)
+
+
+register("attention", attention_kernels, attention_fake, save_for_backward, run_backward, backward_kernels,
+         backward_fake)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -907,7 +924,186 @@ def phi(u, kind, is_query=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# HybridAttention: its window by PyTorch's flex_attention, what is older by the kernels above
+# HybridAttention: softmax over the last W keys, and what is older, by the kernels above, as if it were one more key.
+# Grid: (B H blocks of L tokens). Logarithms are of base 2 here, which a GPU's exponential is of.
+
+
+@triton.jit
+def block_of(T, L: tl.constexpr):
+    """(which of the B H heads, the first token of the block)."""
+    program, N = tl.program_id(0), tl.cdiv(T, L)
+    return (program // N).to(tl.int64), (program % N).to(tl.int64) * L
+
+
+@triton.jit
+def scores(x, y, distance, W, PREC: tl.constexpr):
+    """log2 e x y^T / sqrt(D), -inf where `distance`, from a key to the query, is not in the window."""
+    D: tl.constexpr = x.shape[1]
+    s = tl.dot(x, tl.trans(y), input_precision=PREC) * (LOG2E * D ** -0.5)
+    return tl.where((distance >= 0) & (distance < W), s, float("-inf"))
+
+
+@triton.jit
+def weight_of_old(x, c, gate_bias, log_den, h, start, rows, first, n):
+    """The logarithm of what all that is older than the window weighs for queries x, next to nothing before `first`."""
+    log = tl.load(log_den + start + rows, mask=between(rows, first, n), other=-1e30)
+    return LOG2E * (log + tl.sum(x.to(tl.float32) * c[None, :], axis=1) + tl.load(gate_bias + h).to(tl.float32))
+
+
+@triton.jit
+def window_kernel(q, k, v, far, log_den, gate, gate_bias, y, log_total,
+                  qb, qh, qt, kb, kh, kt, vb, vh, vt, fb, fh, ft, yb, yh, yt, H, T, W,
+                  D: tl.constexpr, L: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+    bh, start = block_of(T, L)
+    b, h = bh // H, bh % H
+    q, k, v, y = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, y + b * yb + h * yh
+    far, log_den, log_total = far + b * fb + h * fh, log_den + bh * tl.maximum(T - W, 0), log_total + bh * T
+    cols, rows = tl.arange(0, D), tl.arange(0, L)
+    n = tl.minimum(T - start, L).to(tl.int32)
+    first = tl.maximum(W - start, 0).to(tl.int32)  # row that has a key beyond the window
+    c = tl.load(gate + h * D + cols).to(tl.float32)
+    x = load_tile(q, start, rows, qt, cols, n, dtype)
+    top = weight_of_old(x, c, gate_bias, log_den, h, start - W, rows, first, n)
+    total = tl.full((L,), 1.0, tl.float32)
+    o = load_tile(far, start - W, rows, ft, cols, n, tl.float32, first)
+    # From the block's own keys to the oldest, so that every row has a key from the first on.
+    for i in range((start - tl.maximum(start - W + 1, 0) // L * L) // L + 1):
+        at = start - i * L
+        key = load_tile(k, at, rows, kt, cols, tl.minimum(T - at, L).to(tl.int32), dtype)
+        s = scores(x, key, i * L + rows[:, None] - rows[None, :], W, PREC)
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        p = tl.exp2(s - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, axis=1)
+        value = load_tile(v, at, rows, vt, cols, tl.minimum(T - at, L).to(tl.int32), dtype)
+        o = tl.dot(p.to(dtype), value, o * shrink[:, None], input_precision=PREC)
+        top = higher
+    store_tile(y, start, rows, yt, cols, n, o / total[:, None])
+    tl.store(log_total + start + rows, top + tl.log2(total), mask=rows < n)
+
+
+@triton.jit
+def window_grad_q_kernel(q, k, v, far, log_den, gate, gate_bias, y, log_total, do, dq, dfar, dlog_den, dgate, deltas,
+                         qb, qh, qt, kb, kh, kt, vb, vh, vt, fb, fh, ft, yb, yh, yt, gb, gh, gt, xb, xh, xt, zb, zh, zt,
+                         H, T, W, D: tl.constexpr, L: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+    bh, start = block_of(T, L)
+    b, h, old = bh // H, bh % H, bh * tl.maximum(T - W, 0)
+    q, k, v, y = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, y + b * yb + h * yh
+    do, dq, far, dfar = do + b * gb + h * gh, dq + b * xb + h * xh, far + b * fb + h * fh, dfar + b * zb + h * zh
+    log_den, dlog_den, log_total, deltas = log_den + old, dlog_den + old, log_total + bh * T, deltas + bh * T
+    cols, rows = tl.arange(0, D), tl.arange(0, L)
+    n = tl.minimum(T - start, L).to(tl.int32)
+    first = tl.maximum(W - start, 0).to(tl.int32)
+    c = tl.load(gate + h * D + cols).to(tl.float32)
+    x = load_tile(q, start, rows, qt, cols, n, dtype)
+    dy = load_tile(do, start, rows, gt, cols, n, dtype)
+    log = tl.load(log_total + start + rows, mask=rows < n, other=float("inf"))
+    wide = dy.to(tl.float32)
+    delta = tl.sum(wide * load_tile(y, start, rows, yt, cols, n, tl.float32), axis=1)
+    tl.store(deltas + start + rows, delta, mask=rows < n)
+    share = tl.exp2(weight_of_old(x, c, gate_bias, log_den, h, start - W, rows, first, n) - log)
+    store_tile(dfar, start - W, rows, zt, cols, n, share[:, None] * wide, first)
+    dlog = share * (tl.sum(wide * load_tile(far, start - W, rows, ft, cols, n, tl.float32, first), axis=1) - delta)
+    tl.store(dlog_den + (start - W) + rows, dlog, mask=between(rows, first, n))
+    tl.store(dgate + tl.program_id(0).to(tl.int64) * D + cols, column_sums(x, dlog, dtype, PREC))
+    g = tl.zeros((L, D), tl.float32)
+    for i in range((start - tl.maximum(start - W + 1, 0) // L * L) // L + 1):
+        at = start - i * L
+        key = load_tile(k, at, rows, kt, cols, tl.minimum(T - at, L).to(tl.int32), dtype)
+        value = load_tile(v, at, rows, vt, cols, tl.minimum(T - at, L).to(tl.int32), dtype)
+        p = tl.exp2(scores(x, key, i * L + rows[:, None] - rows[None, :], W, PREC) - log[:, None])
+        ds = p * (tl.dot(dy, tl.trans(value), input_precision=PREC) - delta[:, None])
+        g = tl.dot(ds.to(dtype), key, g, input_precision=PREC)
+    store_tile(dq, start, rows, xt, cols, n, g * D ** -0.5 + dlog[:, None] * c[None, :])
+
+
+@triton.jit
+def window_grad_kv_kernel(q, k, v, log_total, do, deltas, dk, dv,
+                          qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, xb, xh, xt, yb, yh, yt, H, T, W,
+                          D: tl.constexpr, L: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
+    bh, start = block_of(T, L)
+    b, h = bh // H, bh % H
+    q, k, v, do = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, do + b * gb + h * gh
+    dk, dv, log_total, deltas = dk + b * xb + h * xh, dv + b * yb + h * yh, log_total + bh * T, deltas + bh * T
+    cols, rows = tl.arange(0, D), tl.arange(0, L)
+    n = tl.minimum(T - start, L).to(tl.int32)
+    key = load_tile(k, start, rows, kt, cols, n, dtype)
+    value = load_tile(v, start, rows, vt, cols, n, dtype)
+    gk, gv = tl.zeros((L, D), tl.float32), tl.zeros((L, D), tl.float32)
+    for i in range((tl.minimum(start + L + W - 1, T) - start + L - 1) // L):  # up to the last query that sees the block
+        at = start + i * L
+        m = tl.minimum(T - at, L).to(tl.int32)
+        x = load_tile(q, at, rows, qt, cols, m, dtype)
+        dy = load_tile(do, at, rows, gt, cols, m, dtype)
+        log = tl.load(log_total + at + rows, mask=rows < m, other=float("inf"))
+        delta = tl.load(deltas + at + rows, mask=rows < m, other=0.0)
+        p = tl.exp2(scores(key, x, i * L + rows[None, :] - rows[:, None], W, PREC) - log[None, :])  # (keys, queries)
+        gv = tl.dot(p.to(dtype), dy, gv, input_precision=PREC)
+        ds = p * (tl.dot(value, tl.trans(dy), input_precision=PREC) - delta[None, :])
+        gk = tl.dot(ds.to(dtype), x, gk, input_precision=PREC)
+    store_tile(dk, start, rows, xt, cols, n, gk * D ** -0.5)
+    store_tile(dv, start, rows, yt, cols, n, gv)
+
+
+def window_launch(v):
+    """(the grid, the compile-time part of every launch)."""
+    B, H, T, D = v.shape
+    opt = products(v.dtype, D)
+    return (B * H * triton.cdiv(T, opt["L"]),), dict(D=D, **opt)
+
+
+def window_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far: torch.Tensor, log_den: torch.Tensor,
+                   gate: torch.Tensor, gate_bias: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the last `window` keys, and from the query that has older ones on, over those as if they were one
+    more: its value is far (B, H, T - window, D), its weight exp(log_den + q.gate + gate_bias). Returns y (B, H, T, D),
+    and the logarithm of base 2 of its denominators (B, H, T), in float32."""
+    y, log_total = window_fake(q, k, v, far, log_den, gate, gate_bias, window)
+    grid, opt = window_launch(v)
+    window_kernel[grid](q, k, v, far, log_den, gate, gate_bias, y, log_total, *q.stride()[:3], *k.stride()[:3],
+                        *v.stride()[:3], *far.stride()[:3], *y.stride()[:3], *q.shape[1:3], window, **opt)
+    return y, log_total
+
+
+def window_fake(q, k, v, far, log_den, gate, gate_bias, window):
+    return *projections_like(v), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def window_backward_kernels(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far: torch.Tensor,
+                            log_den: torch.Tensor, gate: torch.Tensor, gate_bias: torch.Tensor, y: torch.Tensor,
+                            log_total: torch.Tensor, window: int) -> list[torch.Tensor]:
+    """[dq, dk, dv, dfar, dlog_den, dgate, dgate_bias]."""
+    if do.stride(-1) != 1 or do.stride(2) >= 2**24:
+        do = do.contiguous()
+    B, H, T, D = q.shape
+    grid, opt = window_launch(v)
+    dq, dk, dv, dfar = projections_like(q, k, v, far)
+    dlog_den, deltas = torch.empty_like(log_den), torch.empty_like(log_total)
+    dgate = q.new_empty(B, H, grid[0] // (B * H), D, dtype=torch.float32)                 # a part of every program
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    window_grad_q_kernel[grid](
+        q, k, v, far, log_den, gate, gate_bias, y, log_total, do, dq, dfar, dlog_den, dgate, deltas, *strides,
+        *far.stride()[:3], *y.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *dfar.stride()[:3], H, T, window, **opt)
+    window_grad_kv_kernel[grid](q, k, v, log_total, do, deltas, dk, dv, *strides, *do.stride()[:3], *dk.stride()[:3],
+                                *dv.stride()[:3], H, T, window, **opt)
+    return [dq, dk, dv, dfar, dlog_den, dgate.sum(dim=(0, 2)).to(gate.dtype),
+            dlog_den.sum(dim=(0, 2)).to(gate_bias.dtype)]
+
+
+def window_backward_fake(do, q, k, v, far, log_den, gate, gate_bias, y, log_total, window):
+    return [*projections_like(q, k, v, far), *(torch.empty_like(x) for x in (log_den, gate, gate_bias))]
+
+
+def save_window(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:-1], *output)
+    ctx.window = inputs[-1]
+
+
+def run_window_backward(ctx, do, _):
+    return *torch.ops.hedgehog.window_backward(do, *ctx.saved_tensors, ctx.window), None
+
+
+register("window", window_kernels, window_fake, save_window, run_window_backward, window_backward_kernels,
+         window_backward_fake)
 
 
 def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hedgehog"):
@@ -919,38 +1115,5 @@ def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hed
     W = window
     far, log_den = fused_attention(q[:, :, W:], k[:, :, :-W], v[:, :, :-W], wq, wk, bq, bk, kind=kind,
                                    return_log_den=True)                                   # (B, H, T-W, D), (B, H, T-W)
-    join = compiled(window_and_far) if q.is_cuda and not torch.compiler.is_compiling() else window_and_far
-    return join(q, k, v, gate, gate_bias, far, log_den, W)
-
-
-def window_and_far(q, k, v, gate, gate_bias, far, log_den, W):
-    """Softmax over the last W keys, and for the queries that have older ones, over those as if they were one more key:
-    its value is far, its weight den times the gate."""
-    with torch.autocast(q.device.type, enabled=False):
-        y, log_near = flex_attention(q, k, v, block_mask=window_mask(q.shape[2], W, q.device), **WITH_LOG)
-        log_near = getattr(log_near, "lse", log_near)                                     # (B, H, T)
-        # Without q.float(), which would be kept for the backward pass, twice as wide as q.
-        log_far = log_den + (q[:, :, W:] * gate.float().unsqueeze(1)).sum(-1) + gate_bias.unsqueeze(1)
-        share = (log_far - log_near[:, :, W:]).sigmoid().unsqueeze(-1)                    # (B, H, T-W, 1)
-        near = y[:, :, W:].float()
-        late = (near + share * (far.float() - near)).to(v.dtype)
-        early, late = (x.transpose(1, 2) for x in (y[:, :, :W], late))  # put together as (B, T, H, D): see merge_heads
-        return torch.cat((early, late), dim=1).transpose(1, 2)
-
-
-def window_mask(T, W, device, L=128):
-    """flex_attention's mask of the last W keys. Its blocks of L are listed, where create_block_mask forms (T, T); as
-    BlockMask keeps lists, that is still (T / L)^2 numbers, 1 MiB at 65,536 tokens."""
-    last = torch.arange(-(-T // L), device=device)                                        # of each block of queries
-    first = (last * L - W + 1).clamp(min=0) // L
-    blocks = (first[:, None] + last).clamp(max=len(last) - 1)                             # as many as count are read
-    count, blocks = (x[None, None].int() for x in (last - first + 1, blocks))
-    return BlockMask.from_kv_blocks(count, blocks, BLOCK_SIZE=L, seq_lengths=(T, T),
-                                    mask_mod=lambda b, h, t, s: (s <= t) & (t - s < W))
-
-
-@cache
-def compiled(function):
-    """torch.compile for callers that are not compiled themselves; the first call takes a while. One variant of every
-    dtype, batch of one, length, window and shape of heads, with gradients and without, is more than PyTorch's 8."""
-    return torch._dynamo.config.patch(recompile_limit=256)(torch.compile(function, fullgraph=True))
+    q, k, v = (x if x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
+    return torch.ops.hedgehog.window(q, k, v, far, log_den, gate.contiguous(), gate_bias.contiguous(), W)[0]
