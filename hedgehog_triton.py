@@ -936,6 +936,12 @@ def block_of(T, L: tl.constexpr):
 
 
 @triton.jit
+def blocks_back(start, W, L: tl.constexpr):
+    """How many blocks the keys of a block of queries are in."""
+    return (tl.cdiv(tl.minimum(W - 1, start), L) + 1).to(tl.int32)
+
+
+@triton.jit
 def scores(x, y, distance, W, PREC: tl.constexpr):
     """log2 e x y^T / sqrt(D), -inf where `distance`, from a key to the query, is not in the window."""
     D: tl.constexpr = x.shape[1]
@@ -967,7 +973,7 @@ def window_kernel(q, k, v, far, log_den, gate, gate_bias, y, log_total,
     total = tl.full((L,), 1.0, tl.float32)
     o = load_tile(far, start - W, rows, ft, cols, n, tl.float32, first)
     # From the block's own keys to the oldest, so that every row has a key from the first on.
-    for i in range((start - tl.maximum(start - W + 1, 0) // L * L) // L + 1):
+    for i in range(blocks_back(start, W, L)):
         at = start - i * L
         key = load_tile(k, at, rows, kt, cols, tl.minimum(T - at, L).to(tl.int32), dtype)
         s = scores(x, key, i * L + rows[:, None] - rows[None, :], W, PREC)
@@ -978,7 +984,7 @@ def window_kernel(q, k, v, far, log_den, gate, gate_bias, y, log_total,
         value = load_tile(v, at, rows, vt, cols, tl.minimum(T - at, L).to(tl.int32), dtype)
         o = tl.dot(p.to(dtype), value, o * shrink[:, None], input_precision=PREC)
         top = higher
-    store_tile(y, start, rows, yt, cols, n, o / total[:, None])
+    store_tile(y, start, rows, yt, cols, n, o * (1.0 / total)[:, None])
     tl.store(log_total + start + rows, top + tl.log2(total), mask=rows < n)
 
 
@@ -1007,7 +1013,7 @@ def window_grad_q_kernel(q, k, v, far, log_den, gate, gate_bias, y, log_total, d
     tl.store(dlog_den + (start - W) + rows, dlog, mask=between(rows, first, n))
     tl.store(dgate + tl.program_id(0).to(tl.int64) * D + cols, column_sums(x, dlog, dtype, PREC))
     g = tl.zeros((L, D), tl.float32)
-    for i in range((start - tl.maximum(start - W + 1, 0) // L * L) // L + 1):
+    for i in range(blocks_back(start, W, L)):
         at = start - i * L
         key = load_tile(k, at, rows, kt, cols, tl.minimum(T - at, L).to(tl.int32), dtype)
         value = load_tile(v, at, rows, vt, cols, tl.minimum(T - at, L).to(tl.int32), dtype)
@@ -1030,17 +1036,17 @@ def window_grad_kv_kernel(q, k, v, log_total, do, deltas, dk, dv,
     key = load_tile(k, start, rows, kt, cols, n, dtype)
     value = load_tile(v, start, rows, vt, cols, n, dtype)
     gk, gv = tl.zeros((L, D), tl.float32), tl.zeros((L, D), tl.float32)
-    for i in range((tl.minimum(start + L + W - 1, T) - start + L - 1) // L):  # up to the last query that sees the block
+    for i in range(tl.cdiv(tl.minimum(L + W - 1, T - start), L).to(tl.int32)):  # up to the last query that sees it
         at = start + i * L
         m = tl.minimum(T - at, L).to(tl.int32)
         x = load_tile(q, at, rows, qt, cols, m, dtype)
         dy = load_tile(do, at, rows, gt, cols, m, dtype)
         log = tl.load(log_total + at + rows, mask=rows < m, other=float("inf"))
         delta = tl.load(deltas + at + rows, mask=rows < m, other=0.0)
-        p = tl.exp2(scores(key, x, i * L + rows[None, :] - rows[:, None], W, PREC) - log[None, :])  # (keys, queries)
-        gv = tl.dot(p.to(dtype), dy, gv, input_precision=PREC)
-        ds = p * (tl.dot(value, tl.trans(dy), input_precision=PREC) - delta[None, :])
-        gk = tl.dot(ds.to(dtype), x, gk, input_precision=PREC)
+        p = tl.exp2(scores(x, key, i * L + rows[:, None] - rows[None, :], W, PREC) - log[:, None]).to(dtype)
+        gv = tl.dot(tl.trans(p), dy, gv, input_precision=PREC)
+        ds = widen(p) * (tl.dot(dy, tl.trans(value), input_precision=PREC) - delta[:, None])
+        gk = tl.dot(tl.trans(ds.to(dtype)), x, gk, input_precision=PREC)
     store_tile(dk, start, rows, xt, cols, n, gk * D ** -0.5)
     store_tile(dv, start, rows, yt, cols, n, gv)
 
@@ -1049,7 +1055,7 @@ def window_launch(v):
     """(the grid, the compile-time part of every launch)."""
     B, H, T, D = v.shape
     opt = products(v.dtype, D)
-    return (B * H * triton.cdiv(T, opt["L"]),), dict(D=D, **opt)
+    return (B * H * triton.cdiv(T, opt["L"]),), dict(D=D, num_stages=2, **opt)
 
 
 def window_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far: torch.Tensor, log_den: torch.Tensor,

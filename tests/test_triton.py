@@ -488,6 +488,126 @@ def test_a_hybrid_says_why_it_is_plain(as_on_a_gpu):
     assert len(said) == 1 and "head width 48" in said[0]
 
 
+def window_inputs(T, W, D, dtype, B=2, H=2):
+    """Those of the op behind the hybrid, in float32 where it has that: q, k, v views of one projection, and a row in
+    three that attends to nothing old."""
+    torch.manual_seed(0)
+    old = max(T - W, 0)
+    q, k, v = torch.randn(B, T, 3, H, D).to(dtype).permute(2, 0, 3, 1, 4)
+    far, log_den = torch.randn(B, old, H, D).to(dtype).transpose(1, 2), torch.randn(B, H, old)
+    far[:, :, 2::3], log_den[:, :, 2::3] = 0, -1e30
+    return dict(q=q, k=k, v=v, far=far, log_den=log_den, gate=torch.cat((0.3 * torch.randn(H, D), torch.ones(H, 1)), 1))
+
+
+def window_fused(q, k, v, far, log_den, gate, W):
+    """gate (H, D+1): its affine function as one input, since a bias' gradient is a sum of both signs."""
+    return torch.ops.hedgehog.window(q, k, v, far, log_den, gate[:, :-1].contiguous(), gate[:, -1].contiguous(), W)[:1]
+
+
+def window_exact(q, k, v, far, log_den, gate, W):
+    early, pad = q.shape[2] - far.shape[2], torch.nn.functional.pad
+    log_gate = (q * gate[:, None, :-1]).sum(-1) + gate[:, None, -1]
+    log_rest = pad(log_den, (early, 0), value=-1e30) + log_gate
+    k, v = pad(k, (0, 0, W, 0)), pad(pad(v, (0, 1), value=1.0), (0, 0, W, 0))
+    return [hedgehog.window_and_rest(q, k, v, log_rest.unsqueeze(-1), pad(far, (0, 0, early, 0)), W)]
+
+
+def window_errors(x, W, do):
+    """{name: (ours, the definition's in float64)} of y and every gradient."""
+    ours = outputs_and_gradients(window_fused, x, [do], W=W)
+    true = outputs_and_gradients(window_exact, {name: a.double() for name, a in x.items()}, [do], W=W)
+    assert all(a.dtype == b.dtype for a, b in zip(ours, (x["v"], *x.values())))
+    return dict(zip(("y", *x), zip(ours, true, strict=True)))
+
+
+@pytest.mark.parametrize("T, W, D", [
+    (1, 1, 32), (1, 5, 32), (2, 1, 32), (6, 5, 64), (17, 16, 32), (17, 1, 128), (17, 100, 32), (65, 64, 64), (65, 1, 32),
+    (64, 64, 32), (128, 65, 32), (130, 5, 64), (130, 16, 32), (130, 64, 128), (130, 100, 32), (130, 1000, 32),
+    (200, 129, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_window_joined_with_what_is_older_equals_the_definition(T, W, D, dtype):
+    x, do = window_inputs(T, W, D, dtype), torch.randn(2, 2, T, D).to(dtype).double()
+    bound = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 0.01}[dtype]
+    for name, (a, b) in window_errors(x, W, do).items():
+        assert (a - b).norm() <= bound * b.norm() + 1e-6 * do.norm(), name
+        if name == "y":                                                                   # every row, not most of them
+            assert ((a - b).norm(dim=-1) <= 2 * bound * b.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("bias, share", [(1e4, 1), (-1e4, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_may_leave_nothing_but_what_is_old_or_none_of_it(bias, share, dtype):
+    x, do = window_inputs(90, 9, 32, dtype), torch.randn(2, 2, 90, 32).to(dtype).double()
+    x["gate"][:, -1] = bias
+    found, alive = window_errors(x, 9, do), x["log_den"] > -1e30
+    y, dfar = found["y"][0][:, :, 9:], found["far"][0]
+    torch.testing.assert_close(y[alive], x["far"][alive], rtol=0, atol=0) if share else None
+    torch.testing.assert_close(dfar[alive].double(), share * do[:, :, 9:][alive], rtol=1e-3, atol=0)
+    assert (dfar[~alive] == 0).all() and (found["log_den"][0][~alive] == 0).all()
+    for name, (a, b) in found.items():
+        # float32 knows a logarithm of 1e4 to 1e-3, and a gradient that is zero only to what it is a difference of
+        assert (a - b).norm() <= (2e-3 if dtype == torch.float32 else 0.01) * max(b.norm(), do.norm()), name
+
+
+def test_a_row_that_attends_to_nothing_old_is_that_of_the_window_alone():
+    x, do = window_inputs(90, 9, 32, torch.float32), torch.randn(2, 2, 90, 32)
+    dead = [dict(x, far=x["far"] + noise, log_den=torch.full_like(x["log_den"], -1e30)) for noise in (0, 100)]
+    ours = [outputs_and_gradients(window_fused, x, [do.double()], W=9) for x in dead]
+    assert all(torch.equal(a, b) for a, b in zip(*ours, strict=True)), "whatever stands in far"
+    y, *_, dfar, dlog_den, dgate = ours[0]
+    assert not dfar.any() and not dlog_den.any() and not dgate.any()
+    torch.testing.assert_close(y, hedgehog.sliding_window(*(x[name] for name in "qkv"), 9))
+
+
+def test_the_window_forgets_and_does_not_foresee():
+    x = window_inputs(140, 64, 32, torch.float32)
+    y, = window_fused(**x, W=64)
+    for t in (0, 63, 64, 100):
+        changed = {name: x[name].clone() for name in ("k", "v")}
+        changed["k"][:, :, t], changed["v"][:, :, t] = 5.0, 5.0
+        differs = (window_fused(**x | changed, W=64)[0] != y).any(-1).all(1).all(0).nonzero().flatten()
+        assert differs.tolist() == list(range(t, min(t + 64, 140)))
+
+
+def test_two_backward_passes_of_the_window_agree_to_the_last_bit_and_take_a_gradient_in_any_layout():
+    x = window_inputs(130, 20, 32, torch.bfloat16)
+    runs = [outputs_and_gradients(window_fused, x, [torch.ones(2, 2, 130, 32).double()], W=20) for _ in range(2)]
+    leaves = {name: a.detach().requires_grad_() for name, a in x.items()}
+    loss = window_fused(**leaves, W=20)[0].sum()                                          # whose gradient has no strides
+    runs.append([runs[0][0], *torch.autograd.grad(loss, list(leaves.values()))])
+    assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
+
+
+def test_the_window_has_no_second_derivative_and_says_so():
+    x = window_inputs(20, 5, 32, torch.float32)
+    q = x["q"].requires_grad_()
+    dq, = torch.autograd.grad(window_fused(**x, W=5)[0].square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative.*form='chunked'"):
+        (dq.square().sum() + q.sum()).backward()
+
+
+@pytest.mark.parametrize("T, W", [(40, 9), (5, 9)])
+def test_torch_library_finds_nothing_wrong_with_the_window(T, W):
+    *x, gate = window_inputs(T, W, 32, torch.float32).values()
+    x = [*x, gate[:, :-1].contiguous(), gate[:, -1].contiguous()]
+    window, backward = torch.ops.hedgehog.window.default, torch.ops.hedgehog.window_backward.default
+    torch.library.opcheck(window, (*(a.detach().requires_grad_() for a in x), W))
+    y, log_total = window(*x, W)
+    torch.library.opcheck(backward, (torch.randn_like(y), *x, y, log_total, W))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_torch_compile_takes_the_hybrid_in_one_graph_for_any_length(dynamic, hybrids):
+    counter, layer = CompileCounterWithBackend("aot_eager"), hybrid("hedgehog", 9)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=dynamic)
+    for T in (20, 41, 33):
+        x = [a.requires_grad_() for a in torch.randn(3, 1, 2, T, 32)]
+        both = [with_gradients(f, layer, x, torch.randn(1, 2, T, 32, generator=torch.Generator().manual_seed(0)))
+                for f in (compiled, layer)]
+        assert all(torch.equal(both[0][name], both[1][name]) for name in both[1])
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
 def test_a_gpt_of_hybrids_on_the_kernels_is_one_graph(kind, hybrids):
     torch.manual_seed(0)
