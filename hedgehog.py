@@ -433,8 +433,8 @@ class HybridAttention(LinearAttention):
 
     Arguments as in LinearAttention. The state is a tuple: the last `window` keys, their values with the column of ones,
     both float32 at least, and the sum S over all older tokens. On a GPU, for the hedgehog maps, without a state and for
-    more than `window` tokens, flex_attention has the window and the fused kernels have what is older; `attend` itself
-    is plain PyTorch, in float32 at least.
+    more than `window` tokens, fused kernels have what is older, and others join it with the window; `attend` itself is
+    plain PyTorch, in float32 at least.
 
     `attend` takes grouped queries, too: k, v and map_k may have K heads, each of which serves H / K of q's; so has the
     state. `keys` (B, T): False for padding, which is no key, but takes up its place in the window if it stands inside.

@@ -1,4 +1,5 @@
-"""Fused GPU kernels for causal linear attention: the maps, the attention and the division in one pass each way.
+"""Fused GPU kernels for causal linear attention: the maps, the attention and the division in one pass each way; and for
+the softmax over a window that a hybrid joins it with.
 
 Optional. hedgehog.py stands without this file and is the oracle of its tests; here are only the same numbers, faster.
 
@@ -22,6 +23,11 @@ Design
     When B H programs cannot fill the GPU, T is cut into segments. The forward pass takes their sums first (`states`
     without writing chunks), an exclusive prefix over them, then all segments at once. The backward pass writes S_n and
     R_n as sums within a segment; the prefix is added where they are read.
+
+    window    a hybrid (end of the file): blocks of L queries go over the blocks of keys that their window touches, with
+              a running maximum; what is older is where the sums begin, one key of weight exp(log_den + q.c + b)
+    window_grad_q, window_grad_kv    from the weights, made again: blocks of queries, which also have the gradients of
+              what is older and of the gate (parts, as for W), and write delta = <do, y>; then blocks of keys
 
 Precision: sums and states are float32, of features in the type of the products. Those take bfloat16 operands for
 bfloat16 inputs, and for float16 (whose range is too small for features) and float32 three tf32 products each, which is
@@ -924,26 +930,26 @@ def phi(u, kind, is_query=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# HybridAttention: softmax over the last W keys, and what is older, by the kernels above, as if it were one more key.
-# Grid: (B H blocks of L tokens). Logarithms are of base 2 here, which a GPU's exponential is of.
+# HybridAttention: softmax over the last W keys, and over what is older, by the kernels above, as if it were one more.
+# Grid: (B H blocks of L tokens). Logarithms of weights are to base 2, as the exponential of a GPU.
 
 
 @triton.jit
 def block_of(T, L: tl.constexpr):
-    """(which of the B H heads, the first token of the block)."""
+    """(which of the B H heads, the first token of this program's block)."""
     program, N = tl.program_id(0), tl.cdiv(T, L)
     return (program // N).to(tl.int64), (program % N).to(tl.int64) * L
 
 
 @triton.jit
 def blocks_back(start, W, L: tl.constexpr):
-    """How many blocks the keys of a block of queries are in."""
+    """How many blocks hold keys in the window of a query of the block that begins with `start`."""
     return (tl.cdiv(tl.minimum(W - 1, start), L) + 1).to(tl.int32)
 
 
 @triton.jit
 def scores(x, y, distance, W, PREC: tl.constexpr):
-    """log2 e x y^T / sqrt(D), -inf where `distance`, from a key to the query, is not in the window."""
+    """x y^T / sqrt(D), to base 2, and -inf where the `distance` from key to query is not in the window."""
     D: tl.constexpr = x.shape[1]
     s = tl.dot(x, tl.trans(y), input_precision=PREC) * (LOG2E * D ** -0.5)
     return tl.where((distance >= 0) & (distance < W), s, float("-inf"))
@@ -951,7 +957,8 @@ def scores(x, y, distance, W, PREC: tl.constexpr):
 
 @triton.jit
 def weight_of_old(x, c, gate_bias, log_den, h, start, rows, first, n):
-    """The logarithm of what all that is older than the window weighs for queries x, next to nothing before `first`."""
+    """The logarithm of what all older than the window weighs for queries x: log_den times the gate. Before `first`
+    there is none, and it says what log_den says of a query that attends to nothing."""
     log = tl.load(log_den + start + rows, mask=between(rows, first, n), other=-1e30)
     return LOG2E * (log + tl.sum(x.to(tl.float32) * c[None, :], axis=1) + tl.load(gate_bias + h).to(tl.float32))
 
@@ -966,13 +973,13 @@ def window_kernel(q, k, v, far, log_den, gate, gate_bias, y, log_total,
     far, log_den, log_total = far + b * fb + h * fh, log_den + bh * tl.maximum(T - W, 0), log_total + bh * T
     cols, rows = tl.arange(0, D), tl.arange(0, L)
     n = tl.minimum(T - start, L).to(tl.int32)
-    first = tl.maximum(W - start, 0).to(tl.int32)  # row that has a key beyond the window
+    first = tl.maximum(W - start, 0).to(tl.int32)  # row that has older keys, which far begins with
     c = tl.load(gate + h * D + cols).to(tl.float32)
     x = load_tile(q, start, rows, qt, cols, n, dtype)
     top = weight_of_old(x, c, gate_bias, log_den, h, start - W, rows, first, n)
     total = tl.full((L,), 1.0, tl.float32)
     o = load_tile(far, start - W, rows, ft, cols, n, tl.float32, first)
-    # From the block's own keys to the oldest, so that every row has a key from the first on.
+    # From the block's own keys to the oldest, so that no row's maximum is ever -inf.
     for i in range(blocks_back(start, W, L)):
         at = start - i * L
         key = load_tile(k, at, rows, kt, cols, tl.minimum(T - at, L).to(tl.int32), dtype)
@@ -1036,7 +1043,7 @@ def window_grad_kv_kernel(q, k, v, log_total, do, deltas, dk, dv,
     key = load_tile(k, start, rows, kt, cols, n, dtype)
     value = load_tile(v, start, rows, vt, cols, n, dtype)
     gk, gv = tl.zeros((L, D), tl.float32), tl.zeros((L, D), tl.float32)
-    for i in range(tl.cdiv(tl.minimum(L + W - 1, T - start), L).to(tl.int32)):  # up to the last query that sees it
+    for i in range(tl.cdiv(tl.minimum(L + W - 1, T - start), L).to(tl.int32)):  # up to the last query that sees a key
         at = start + i * L
         m = tl.minimum(T - at, L).to(tl.int32)
         x = load_tile(q, at, rows, qt, cols, m, dtype)
@@ -1055,14 +1062,14 @@ def window_launch(v):
     """(the grid, the compile-time part of every launch)."""
     B, H, T, D = v.shape
     opt = products(v.dtype, D)
-    return (B * H * triton.cdiv(T, opt["L"]),), dict(D=D, num_stages=2, **opt)
+    return (B * H * -(-T // opt["L"]),), dict(D=D, num_stages=2, **opt)  # three stages take more registers
 
 
 def window_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, far: torch.Tensor, log_den: torch.Tensor,
                    gate: torch.Tensor, gate_bias: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the last `window` keys, and from the query that has older ones on, over those as if they were one
-    more: its value is far (B, H, T - window, D), its weight exp(log_den + q.gate + gate_bias). Returns y (B, H, T, D),
-    and the logarithm of base 2 of its denominators (B, H, T), in float32."""
+    """(y (B, H, T, D), the logarithm to base 2 of its denominators (B, H, T)): softmax over the last `window` keys, and
+    from query `window` on also over one more, of value far (B, H, T - window, D) and weight exp(log_den + q.c + b) with
+    c = gate (H, D), b = gate_bias (H,)."""
     y, log_total = window_fake(q, k, v, far, log_den, gate, gate_bias, window)
     grid, opt = window_launch(v)
     window_kernel[grid](q, k, v, far, log_den, gate, gate_bias, y, log_total, *q.stride()[:3], *k.stride()[:3],
@@ -1084,7 +1091,7 @@ def window_backward_kernels(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, 
     grid, opt = window_launch(v)
     dq, dk, dv, dfar = projections_like(q, k, v, far)
     dlog_den, deltas = torch.empty_like(log_den), torch.empty_like(log_total)
-    dgate = q.new_empty(B, H, grid[0] // (B * H), D, dtype=torch.float32)                 # a part of every program
+    dgate = q.new_empty(B, H, grid[0] // (B * H), D, dtype=torch.float32)                 # a part by every program
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     window_grad_q_kernel[grid](
         q, k, v, far, log_den, gate, gate_bias, y, log_total, do, dq, dfar, dlog_den, dgate, deltas, *strides,
@@ -1119,7 +1126,8 @@ def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hed
     those of `fused_attention`, in one dtype: autocast is the caller's.
     """
     W = window
+    q, k, v = (x if x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
     far, log_den = fused_attention(q[:, :, W:], k[:, :, :-W], v[:, :, :-W], wq, wk, bq, bk, kind=kind,
                                    return_log_den=True)                                   # (B, H, T-W, D), (B, H, T-W)
-    q, k, v = (x if x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
-    return torch.ops.hedgehog.window(q, k, v, far, log_den, gate.contiguous(), gate_bias.contiguous(), W)[0]
+    log_den, gate, gate_bias = (x.contiguous() for x in (log_den, gate, gate_bias))
+    return torch.ops.hedgehog.window(q, k, v, far, log_den, gate, gate_bias, W)[0]
