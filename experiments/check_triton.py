@@ -311,7 +311,7 @@ def compiled(kind="hedgehog", window=0):
         y = whole(*(z.to(bf16) for z in (x, k, v)), "auto")
     pairs = [*zip(("y", "dq", "dwq", "dwk"), run(whole), run(layer)), ("y without gradients", y, run(layer)[0])]
     case = f"torch.compile(fullgraph=True), autocast, {kind}" + f", hybrid, window {window}" * (window > 0)
-    row = same(case, pairs, 4e-3 if window else 0.0)  # q's gradient has two parts, whose sum may be rounded once or twice
+    row = same(case, pairs, 4e-3 if window else 0.0)  # gradients have two parts, the sum may be rounded twice
     return row | dict(ok=row["ok"] and y.dtype == run(layer)[0].dtype == bf16)
 
 
