@@ -573,7 +573,7 @@ def test_backward_passes_of_the_window_agree_to_the_last_bit_whatever_the_layout
     x = window_inputs(130, 20, 32, torch.bfloat16)
     runs = [outputs_and_gradients(window_fused, x, [torch.ones(2, 2, 130, 32).double()], W=20) for _ in range(2)]
     leaves = {name: a.detach().requires_grad_() for name, a in x.items()}
-    loss = window_fused(**leaves, W=20)[0].sum()                                          # of a gradient without strides
+    loss = window_fused(**leaves, W=20)[0].sum()                                         # of a gradient without strides
     runs.append([runs[0][0], *torch.autograd.grad(loss, list(leaves.values()))])
     assert all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
 
