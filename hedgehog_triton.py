@@ -970,7 +970,7 @@ def window_kernel(q, k, v, far, log_den, gate, gate_bias, y, log_total,
     bh, start = block_of(T, L)
     b, h = bh // H, bh % H
     q, k, v, y = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, y + b * yb + h * yh
-    far, log_den, log_total = far + b * fb + h * fh, log_den + bh * tl.maximum(T - W, 0), log_total + bh * T
+    far, log_den, log_total = far + b * fb + h * fh, log_den + bh * (T - W), log_total + bh * T
     cols, rows = tl.arange(0, D), tl.arange(0, L)
     n = tl.minimum(T - start, L).to(tl.int32)
     first = tl.maximum(W - start, 0).to(tl.int32)  # row that has older keys, which far begins with
@@ -1000,7 +1000,7 @@ def window_grad_q_kernel(q, k, v, far, log_den, gate, gate_bias, y, log_total, d
                          qb, qh, qt, kb, kh, kt, vb, vh, vt, fb, fh, ft, yb, yh, yt, gb, gh, gt, xb, xh, xt, zb, zh, zt,
                          H, T, W, D: tl.constexpr, L: tl.constexpr, dtype: tl.constexpr, PREC: tl.constexpr):
     bh, start = block_of(T, L)
-    b, h, old = bh // H, bh % H, bh * tl.maximum(T - W, 0)
+    b, h, old = bh // H, bh % H, bh * (T - W)
     q, k, v, y = q + b * qb + h * qh, k + b * kb + h * kh, v + b * vb + h * vh, y + b * yb + h * yh
     do, dq, far, dfar = do + b * gb + h * gh, dq + b * xb + h * xh, far + b * fb + h * fh, dfar + b * zb + h * zh
     log_den, dlog_den, log_total, deltas = log_den + old, dlog_den + old, log_total + bh * T, deltas + bh * T
