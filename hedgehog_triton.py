@@ -27,7 +27,8 @@ Design
     window    a hybrid (end of the file): blocks of L queries go over the blocks of keys that their window touches, with
               a running maximum; what is older is where the sums begin, one key of weight exp(log_den + q.c + b)
     window_grad_q, window_grad_kv    from the weights, made again: blocks of queries, which also have the gradients of
-              what is older and of the gate (parts, as for W), and write delta = <do, y>; then blocks of keys
+              what is older and of the gate (parts, as for W), and write delta = <do, y>; then blocks of keys. Three
+              programs a multiprocessor by their registers, in bfloat16 at D = 64; not timed yet
 
 Precision: sums and states are float32, of features in the type of the products. Those take bfloat16 operands for
 bfloat16 inputs, and for float16 (whose range is too small for features) and float32 three tf32 products each, which is
@@ -1013,10 +1014,11 @@ def window_grad_q_kernel(q, k, v, far, log_den, gate, gate_bias, y, log_total, d
     log = tl.load(log_total + start + rows, mask=rows < n, other=float("inf"))
     wide = dy.to(tl.float32)
     delta = tl.sum(wide * load_tile(y, start, rows, yt, cols, n, tl.float32), axis=1)
-    tl.store(deltas + start + rows, delta, mask=rows < n)
+    dshare = tl.sum(wide * load_tile(far, start - W, rows, ft, cols, n, tl.float32, first), axis=1)
     share = tl.exp2(weight_of_old(x, c, gate_bias, log_den, h, start - W, rows, first, n) - log)
+    dlog = share * (dshare - delta)
+    tl.store(deltas + start + rows, delta, mask=rows < n)  # nothing before: the compiler moves no load above a store
     store_tile(dfar, start - W, rows, zt, cols, n, share[:, None] * wide, first)
-    dlog = share * (tl.sum(wide * load_tile(far, start - W, rows, ft, cols, n, tl.float32, first), axis=1) - delta)
     tl.store(dlog_den + (start - W) + rows, dlog, mask=between(rows, first, n))
     tl.store(dgate + tl.program_id(0).to(tl.int64) * D + cols, column_sums(x, dlog, dtype, PREC))
     g = tl.zeros((L, D), tl.float32)
