@@ -356,6 +356,22 @@ def past_2_to_31_elements(B=32768 + 2, H=16, T=64, D=64):
     return same(f"B={B} H={H} T={T} D={D}: {B * H * T * D:,} elements", [*zip(("y", "dq", "dk", "dv"), whole, alone)])
 
 
+def window_past_2_to_31_elements(B=32768 + 2, H=16, T=64, D=64, W=32):
+    """The same of a hybrid's window and its join with what is older."""
+    torch.manual_seed(0)
+    gate, bias, window = torch.randn(H, D, device="cuda") / 8, torch.zeros(H, device="cuda"), torch.ops.hedgehog.window
+    x = [torch.randn(B, t, H, D, device="cuda", dtype=bf16).transpose(1, 2) for t in (T, T, T, T - W)]
+    x.append(torch.randn(B, H, T - W, device="cuda"))
+    do = torch.randn(B, T, H, D, device="cuda", dtype=bf16).transpose(1, 2)
+    results = []
+    for end in (x, [y[-2:] for y in x]):
+        end = [y.detach().requires_grad_() for y in end]
+        y = window(*end, gate, bias, W)[0]
+        results.append([z[-2:].clone() for z in (y.detach(), *torch.autograd.grad(y, end, do[-len(y):]))])
+    return same(f"window {W}, B={B} H={H} T={T} D={D}: {B * H * T * D:,} elements",
+                zip(("y", "dq", "dk", "dv", "dfar", "dlog_den"), *results))
+
+
 def past_2_to_31_in_time(T=2**25 + 100, D=64):
     """One head of more than 2^31 elements: its end against a second call that begins with the state before it."""
     torch.manual_seed(0)
@@ -402,7 +418,7 @@ def main(argv=None):
         if not options.hybrid:
             specials += [partial(special, kind) for special in (split_and_resume, compiled) for kind in FUSED_MAPS]
             specials += [fallback] + [on_another_gpu] * (torch.cuda.device_count() > 1)
-            specials += [past_2_to_31_elements, past_2_to_31_in_time]
+            specials += [past_2_to_31_elements, window_past_2_to_31_elements, past_2_to_31_in_time]
         for special in specials:
             try:
                 rows.append(special())

@@ -456,6 +456,18 @@ def test_the_hybrid_of_the_kernels_in_half_precision_and_under_autocast(kind, dt
         assert (ours[name] - b).norm() <= 0.02 * b.norm(), name
 
 
+def test_the_hybrid_takes_a_gate_in_any_layout_and_the_map_of_pytorch(hybrids):
+    layer, g = hybrid("hedgehog_exp", 9, D=128), torch.randn(2, 2, 40, 128)
+    with torch.no_grad():
+        layer.map_gate.set_(layer.map_gate.mT.contiguous().mT)
+        for p in (layer.map_q.weight, layer.map_k.weight, layer.map_gate):
+            p.copy_(p / 4)
+    inputs = [x.requires_grad_() for x in torch.randn(3, 2, 40, 2, 128).transpose(2, 3)]
+    ours = with_gradients(layer, layer, inputs, g)
+    true = with_gradients(plain(layer.double()), layer, [x.double() for x in inputs], g)
+    assert hybrids and all((ours[name] - b).norm() <= 1e-5 * b.norm() for name, b in true.items())
+
+
 def test_the_hybrids_queries_may_be_beyond_the_range_of_float32(hybrids):
     layer, g = hybrid("hedgehog_exp", 4), torch.randn(1, 2, 40, 32)
     inputs = [(x * scale).requires_grad_() for x, scale in zip(torch.randn(3, 1, 2, 40, 32), (30, 1, 1))]
