@@ -508,7 +508,8 @@ def window_inputs(T, W, D, dtype, B=2, H=2):
     q, k, v = torch.randn(B, T, 3, H, D).to(dtype).permute(2, 0, 3, 1, 4)
     far, log_den = torch.randn(B, old, H, D).to(dtype).transpose(1, 2), torch.randn(B, H, old)
     far[:, :, 2::3], log_den[:, :, 2::3] = 0, -1e30
-    return dict(q=q, k=k, v=v, far=far, log_den=log_den, gate=torch.cat((0.3 * torch.randn(H, D), torch.randn(H, 1)), 1))
+    gate = torch.cat((0.3 * torch.randn(H, D), torch.randn(H, 1)), dim=1)
+    return dict(q=q, k=k, v=v, far=far, log_den=log_den, gate=gate)
 
 
 def window_fused(q, k, v, far, log_den, gate, W):
