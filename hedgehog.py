@@ -520,7 +520,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    dropout: float = 0.0
+    dropout: float = 0.0  # of the embedding and softmax's weights, as in the recipe behind the paper's table
     bias: bool = True  # in the linear layers and norms, as in GPT-2; the feature maps have their own switch
     tie_head: bool = True  # one matrix for the embedding and the output, as in GPT-2
     attention: str = "hedgehog"
@@ -603,7 +603,6 @@ class CausalSelfAttention(nn.Module):
         C, self.n_head, self.block_size, self.dropout = config.n_embd, config.n_head, config.block_size, config.dropout
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
         self.short_conv = ShortConv(3 * C, config.short_conv) if config.short_conv else None
         self.window = config.window if layer < config.softmax_layers else 0
         self.linear = None
@@ -631,7 +630,7 @@ class CausalSelfAttention(nn.Module):
         return [x.transpose(1, 2) for x in qkv]                                           # q, k, v, each (B, H, T, D)
 
     def merge_heads(self, y):
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))              # (B, T, C)
+        return self.c_proj(y.transpose(1, 2).flatten(2))                                  # (B, T, C)
 
     def linear_cached(self, q, k, v, cache):
         # No dropout of attention weights here: linear attention never forms them.
@@ -678,10 +677,9 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))        # GPT-2's gelu
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))                      # GPT-2's gelu
 
 
 class Block(nn.Module):

@@ -88,7 +88,7 @@ class TrainConfig:
     n_head: int = opt(4, "heads a layer")
     n_embd: int = opt(128, "model width, a multiple of --n-head")
     block_size: int = opt(256, "context length in tokens")
-    dropout: float = opt(0.0, "on the embedding, the branches and, for softmax, the attention weights")
+    dropout: float = opt(0.0, "on the embedding and, for softmax, the attention weights")
     bias: bool = opt(True, "biases in linear layers and norms")
     tie_head: bool = opt(True, "one matrix for the embedding and the output")
     feature_bias: bool = opt(False, "bias in the feature maps")
@@ -136,7 +136,7 @@ class TrainConfig:
 
 PRESETS = {
     "tiny": {},
-    # The recipe behind the paper's peers (safari, wt103): 512 x 1,024 tokens a step, 100 epochs of 225 steps.
+    # The recipe behind the paper's peers (safari, wt103): 512 x 1,024 tokens a step, 100 epochs of 225 steps. Not run.
     "wikitext103": dict(
         data="data/wikitext103", n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.1, steps=22500,
         batch_size=512, accum=32, lr=6e-4, warmup=225, beta2=0.999, eval_every=225, chunk_size=128, segment_size=0,
