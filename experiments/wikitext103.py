@@ -3,13 +3,15 @@
     python experiments/wikitext103.py runs/wikitext103-fast-*
 
 Each run becomes a row of experiments/results/wikitext103/summary.json, under its folder's name without the preset (a
-row of that name is replaced), and its log.csv the curve beside it; then the figures are drawn and the table printed.
-A row names the text that it was trained on, and whatever it does otherwise than its preset does.
+row of that name is replaced, if it is of the same text and length), and its log.csv the curve beside it; then the
+figures are drawn and the table printed. A row names the text that it was trained on, and whatever it does otherwise
+than its preset does.
 """
 
 import argparse
 import csv
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,7 +76,7 @@ def table(rows):
                    (r["test_ppl"], ".2f"), (ratio(r, rows, plain=True), ".3f"),
                    (ratio(r, rows), ".3f"), (r["test_ppl_per_word"], ".1f"),
                    (r["tokens_per_second"], ",.0f"), (r["mfu"], ".2f"), (r["peak_gib"], ".1f"),
-                   (PAPER.get(r["attention"]) if not r["options"] else None, ".1f"))
+                   (PAPER.get(r["attention"]) if not r["options"].keys() - {"steps"} else None, ".1f"))
         lines.append("| " + " | ".join([r["attention"], options, r["data"], *(number(*n) for n in numbers)]) + " |")
     return "\n".join(lines)
 
@@ -85,17 +87,22 @@ def loss_curves(folder):
     best = {repr([row[key] for key in ("attention", "options", "data", "tokens")]): row["name"] for row in rows[::-1]}
     again = {row["name"] for row in rows} - set(best.values())
     curves = {path.stem: list(csv.DictReader(path.open())) for path in folder.glob("*.csv") if path.stem not in again}
-    final = {}
-    fig, [[ax]] = figure()
-    others = iter(COLORS[1:])
+    lengths, final = {}, {}  # a panel each, in the order of the ends
     for name, rows in sorted(curves.items(), key=lambda item: float(item[1][-1]["valid_nats"])):
-        x, y = ([float(row[key]) for row in rows if int(row["step"])] for key in ("tokens", "valid_nats"))
-        same = [color(other) for other in final].count(color(name))                       # grey and orange: by the line
-        line = dict(color=next(others)) if color(name) == COLORS[1] else dict(color=color(name), ls=LINES[same % 5])
+        lengths.setdefault(round(int(rows[-1]["tokens"]), -6), {})[name] = rows
         final[name] = float(rows[-1]["valid_nats"])
-        ax.plot([tokens / 1e6 for tokens in x], y, label=name, **line)
-    ax.set(xlabel="training tokens, millions", ylabel="validation loss (nats a token)")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))                                 # in the order of the ends
+    heights = [max(2.6 if len(lengths) > 1 else 3.6, 0.6 + 0.27 * len(panel)) for panel in lengths.values()]
+    fig, axes = figure(len(lengths), height=sum(heights), height_ratios=heights)
+    for ax, panel in zip(axes[:, 0], lengths.values()):
+        styles, others = {}, iter(COLORS[1:7])
+        for name, rows in panel.items():
+            hue = COLORS[7] if re.match("hedgehog(?!_exp)", name) else color(name)        # the stable form is red
+            hue = next(others) if hue == COLORS[1] else hue
+            styles[hue] = styles.get(hue, -1) + 1                                         # of one colour, by the line
+            x, y = ([float(row[key]) for row in rows if int(row["step"])] for key in ("tokens", "valid_nats"))
+            ax.plot([tokens / 1e6 for tokens in x], y, label=name, color=hue, ls=LINES[styles[hue] % len(LINES)])
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.set(xlabel="training tokens, millions", ylabel="validation loss (nats)")
     first = list(final.items())[:3]
     save(fig, folder / "loss.png", ("Final loss: " if len(first) == len(final) else "Lowest final losses: ")
          + ", ".join(f"{name} {nats:.2f}" for name, nats in first))
@@ -104,17 +111,21 @@ def loss_curves(folder):
 def perplexities(path):
     """Final perplexities on the test split, the lowest first; runs of different length or text are told apart."""
     rows = sorted(json.loads(path.read_text()), key=lambda row: row["test_ppl"])
-    several = len({(row["data"], row["tokens"]) for row in rows}) > 1
-    names = {row["name"]: row["name"] + (f", {row['tokens'] / 1e6:.0f}M tokens, {row['data']}" if several else "")
-             for row in rows}
+    data, lengths = ({row[key] for row in rows} for key in ("data", "tokens"))
+
+    def label(row):
+        length = f"{row['tokens'] / 1e6:.0f}M"
+        of = [f"{length} tokens"] * (len(lengths) > 1 and not row["name"].endswith(length))
+        return ", ".join([row["name"], *of, *[row["data"]] * (len(data) > 1)])
     fig, [[ax]] = figure(height=0.9 + 0.36 * len(rows))
-    trained = "" if several else f" after {rows[0]['tokens'] / 1e6:.0f}M tokens of {rows[0]['data']}"
-    bars(ax, list(names.values()), [row["test_ppl"] for row in rows], f"test perplexity{trained}",
+    trained = f" after {rows[0]['tokens'] / 1e6:.0f}M tokens" * (len(lengths) == 1)
+    trained += f", trained on {rows[0]['data']}" * (len(data) == 1)
+    bars(ax, [label(row) for row in rows], [row["test_ppl"] for row in rows], f"test perplexity{trained}",
          colors=[color(row["attention"]) for row in rows])
-    linear = [(row["name"], ratio(row, rows, plain=True)) for row in rows if row["attention"] != "softmax"]
-    ratios = [f"{name} {x:.3f}" for name, x in linear if x]
-    title = "x softmax: " + ", ".join(ratios[:3])
-    save(fig, path.with_name("perplexity.png"), title if ratios else
+    linear = [(ratio(row, rows, plain=True), row["name"]) for row in rows if row["attention"] != "softmax"
+              and not row["options"].keys() & {"softmax_layers", "hybrid_window", "short_conv"}]  # the map alone
+    ratios = [f"{name} {x:.3f}" for x, name in sorted(pair for pair in linear if pair[0])]
+    save(fig, path.with_name("perplexity.png"), "x softmax: " + ", ".join(ratios[:3]) if ratios else
          f"Lowest: {rows[0]['name']}, {rows[0]['test_ppl']:.2f}")
 
 
@@ -128,7 +139,12 @@ def main(runs, out, commit=None):
     path, curves = out / "summary.json", {}
     rows = {r["name"]: r for r in read_rows(path)}
     for run in runs:
-        rows |= {(new := row(run, commit))["name"]: new}
+        new = row(run, commit)
+        old = rows.get(new["name"], new)
+        if (old["data"], old["tokens"]) != (new["data"], new["tokens"]):
+            raise ValueError(f"{path} has a row {old['name']!r} of {old['tokens']:,} tokens of {old['data']}, {run} is "
+                             f"of {new['tokens']:,} of {new['data']}: rename that folder, or choose another --out")
+        rows[new["name"]] = new
         curves[new["name"]] = run / "log.csv"
     rows = sorted(rows.values(), key=lambda r: (r["data"], r["tokens"], r["test_ppl"]))
     copy_curves(curves, out)

@@ -236,6 +236,11 @@ def test_the_whole_path_prepare_train_resume_evaluate_sample_collect(tmp_path, m
     curve = list(csv.DictReader((out / "hedgehog.csv").open()))
     assert {"command", "commit", "torch", "device"} <= curve[0].keys() and len(curve) == 4
     assert f"{rows['hedgehog']['test_ppl'] / rows['softmax']['test_ppl']:.3f}" in capsys.readouterr().out
+    longer = shutil.copytree(tmp_path / "wikitext103-fast-hedgehog", tmp_path / "longer" / "wikitext103-fast-hedgehog")
+    summary = json.loads((longer / "summary.json").read_text())
+    (longer / "summary.json").write_text(json.dumps(summary | dict(tokens=600 * 10 ** 6)))
+    with pytest.raises(ValueError, match="has a row 'hedgehog' of .* is of 600,000,000 of .*: rename that folder"):
+        wikitext103.main([longer], out)
     if common.plt:
         assert {"loss.png", "perplexity.png"} <= {path.name for path in out.iterdir()}
         # Of two equal runs the worse is in the table, and not in the figure.
