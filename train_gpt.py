@@ -141,7 +141,7 @@ PRESETS = {
         data="data/wikitext103", n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.1, steps=22500,
         batch_size=512, accum=32, lr=6e-4, warmup=225, beta2=0.999, eval_every=225, chunk_size=128, segment_size=0,
         compile=True),
-    # The same model within 10 minutes of one H100, compilation and evaluation included: 197M tokens. The rate lies
+    # The same model in about 10 minutes of one H100, compilation and evaluation included: 197M tokens. The rate lies
     # between softmax's two best of a sweep on a smaller model, 1e-3 and 2e-3; Hedgehog's were 2e-3 and 4e-3.
     "wikitext103-fast": dict(
         data="data/wikitext103", n_layer=12, n_head=12, n_embd=768, block_size=1024, steps=6000, batch_size=32,
