@@ -99,6 +99,11 @@ def error(a, b, other=None):
     return ((a.double() - b).norm() / scale.clamp(min=1e-30)).item()
 
 
+def poison(numbers):
+    """NaN where outputs of as many numbers are likely to land, so that an element left out is seen."""
+    [torch.full((2 * numbers + 1024,), torch.nan, device="cuda") for _ in range(3)]  # held at once, then given up
+
+
 def judge(case, dtype, results, reference, unrounded=None):
     """The row of a case, from {name: tensor} of each run, of the exact function of the rounded inputs, and where that
     makes the bound, not for float32, of the exact function of the inputs as they were."""
@@ -144,9 +149,7 @@ def check(B, H, T, D, dtype, P=None, magnitude=1.0, full=True, kind="hedgehog", 
     mixed = [None if x is None else x.to(dtype if i < 3 else torch.float32) for i, x in enumerate(rounded)]
     results = []
     for _ in range(runs):
-        # The memory that outputs are likely to land in holds NaN, so that an element left out is seen.
-        poison = [torch.full((B * H * T * D * 2 + 1024,), torch.nan, device="cuda") for _ in range(3)]
-        del poison
+        poison(B * H * T * D)
         results.append(values_and_gradients(fused, mixed, given, kind, unit))
     unrounded = None if dtype == fp32 else values_and_gradients(exact, inputs, cotangents, kind, unit)
     case = (f"B={B} H={H} T={T} D={D} P={P} {str(dtype)[6:]}" + f", {kind}" * (kind != "hedgehog")
@@ -214,7 +217,10 @@ def compare(case, ours, exact, inputs, outputs, dtype, runs=2):
     cotangents = {n: torch.randn(shape, device="cuda", dtype=torch.float64) for n, shape in outputs.items()}
     unrounded = None if dtype == fp32 else run(exact, inputs)
     cotangents["y"] = cotangents["y"].to(dtype).double()
-    results = [run(ours, {n: narrow(n, x) for n, x in rounded.items()}) for _ in range(runs)]
+    results = []
+    for _ in range(runs):
+        poison(inputs["q"].numel())
+        results.append(run(ours, {n: narrow(n, x) for n, x in rounded.items()}))
     return judge(case, dtype, results, run(exact, rounded), unrounded)
 
 
@@ -243,10 +249,10 @@ def log_den(T, D, dtype, kind):
                    dict(y=(2, 3, T, D), log_den=(2, 3, T)), dtype)
 
 
-def hybrid(T, window, dtype, kind, D=64):
+def hybrid(T, window, dtype, kind, D=64, H=3, runs=2):
     """HybridAttention against itself in float64, which is plain PyTorch."""
-    inputs = raw(3, T, D)
-    layer = HybridAttention(3, D, kind, bias=True, window=window, segment_size=0).to(device="cuda")
+    inputs = raw(H, T, D)
+    layer = HybridAttention(H, D, kind, bias=True, window=window, segment_size=0).to(device="cuda")
     parameters = {n: p.detach().double() + 0.3 / D ** 0.5 * torch.randn(p.shape, device="cuda", dtype=torch.float64)
                   for n, p in layer.named_parameters()}
     parameters["map_gate_bias"] += 5                                                      # what is old counts, too
@@ -257,8 +263,9 @@ def hybrid(T, window, dtype, kind, D=64):
     def run(q, k, v, gate, **given):
         given = {names[n]: x for n, x in given.items()} | dict(map_gate=gate[:, :-1], map_gate_bias=gate[:, -1])
         return dict(y=functional_call(layer, given, (q, k, v)))
-    return compare(f"T={T} D={D} {str(dtype)[6:]}, {kind}, hybrid, window {window}", run, run,
-                   inputs | {n: parameters[names[n]] for n in names} | dict(gate=gate), dict(y=(2, 3, T, D)), dtype)
+    return compare(f"H={H} T={T} D={D} {str(dtype)[6:]}, {kind}, hybrid, window {window}", run, run,
+                   inputs | {n: parameters[names[n]] for n in names} | dict(gate=gate), dict(y=(2, H, T, D)), dtype,
+                   runs)
 
 
 def hybrid_cases():
@@ -269,6 +276,9 @@ def hybrid_cases():
     for kind in FUSED_MAPS:
         yield [partial(hybrid, T, 200, bf16, kind) for T in (201, 1000)] + [partial(hybrid, 1000, 64, fp16, kind)]
         yield [partial(hybrid, 200, window, dtype, kind) for window in (2, 16) for dtype in (bf16, fp32)]
+        yield [partial(hybrid, 200, 1, fp32, kind), partial(hybrid, 1000, 64, bf16, kind, runs=10),
+               partial(hybrid, 1000, 64, bf16, kind, H=100), partial(hybrid, 1000, 64, bf16, kind, H=1)]
+        yield [partial(hybrid, 32768, 64, bf16, kind)]
         yield [partial(hybrid, T, 64, dtype, kind, D) for D in (32, 128) for dtype in (bf16, fp32) for T in (70, 1000)]
 
 

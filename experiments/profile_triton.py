@@ -2,9 +2,9 @@
 
     python experiments/profile_triton.py    # on a GPU; a minute
 
-One forward and backward pass of the benchmark's shape at T = 1,024, the map included. A row a kernel, in
-results/triton-ncu.json: `least_mb` is what this design has to read and write once, `floor_ms` the time of that at
-3.0 TB/s, which a copy reaches on an H100, and `of_floor` is floor_ms / ms.
+One forward and backward pass of the benchmark's shape at T = 1,024, the map included, and one of the window of a
+hybrid. A row a kernel, in results/triton-ncu.json: `least_mb` is what this design has to read and write once,
+`floor_ms` the time of that at 3.0 TB/s, which a copy reaches on an H100, and `of_floor` is floor_ms / ms.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from common import RESULTS
 from hedgehog import LinearAttention
 from train_gpt import provenance, save_json
 
-B, H, T, D, L = 32, 12, 1024, 64, 64  # L: tokens of a chunk
+B, H, T, D, L, W = 32, 12, 1024, 64, 64, 64  # L: tokens of a chunk, W: of the window
 TB_PER_S = 3.0
 STATE = (2 * D * D * 2 + 2 * D * 4) / L  # bytes a token of S and z, or R and its z, written for every chunk
 TILE = D * 2  # bytes a token of q, k, v, y or a gradient of theirs, in bfloat16
@@ -31,6 +31,10 @@ LEAST = {  # bytes that must be read and written, a token and head
     "states_kernel": 5 * TILE + 2 * NUMBER + 2 * STATE,          # k, v; q, do, y; den, delta; S and R
     "grad_kv_kernel": 6 * TILE + 2 * NUMBER + STATE + WEIGHTS,   # q, k, v, do, dk, dv; den, delta; R; dW
     "grad_q_kernel": 5 * TILE + 2 * NUMBER + STATE + WEIGHTS,    # q, k, v, do, dq; den, delta; S; dW
+    # The hybrid's, as if all tokens had a past beyond the window: log_den, log_total; and dlog_den, delta.
+    "window_kernel": 5 * TILE + 2 * NUMBER,                      # q, k, v, far, y
+    "window_grad_q_kernel": 8 * TILE + 4 * NUMBER + D * 4 / L,   # q, k, v, far, y, do, dq, dfar; dgate
+    "window_grad_kv_kernel": 6 * TILE + 2 * NUMBER,              # q, k, v, do, dk, dv
 }
 COUNTERS = {  # name in the rows -> (ncu's name, what it is divided by)
     "dram_read_mb": ("dram__bytes_read.sum", 1e6),
@@ -50,12 +54,19 @@ STALL = "smsp__pcsamp_warps_issue_stalled_"
 
 
 def passes():
-    """A function that runs one forward and backward pass."""
+    """A function that runs one forward and backward pass of the attention, and one of a hybrid's window."""
     torch.manual_seed(0)
     layer = LinearAttention(H, D).cuda()
     q, k, v, g = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
     inputs = [x.detach().requires_grad_() for x in (q, k, v)] + list(layer.parameters())
-    return lambda: torch.autograd.grad(layer(*inputs[:3]), inputs, g)
+    far = torch.randn(B, T - W, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    others = (torch.randn(*shape, device="cuda") for shape in ((B, H, T - W), (H, D), (H,)))  # log_den, gate, its bias
+    near = [x.detach().requires_grad_() for x in (q, k, v, far, *others)]
+
+    def run():
+        torch.autograd.grad(layer(*inputs[:3]), inputs, g)
+        torch.autograd.grad(torch.ops.hedgehog.window(*near, W)[0], near, g)
+    return run
 
 
 def counters(text):

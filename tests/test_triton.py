@@ -813,6 +813,26 @@ def test_bad_input_is_told_before_a_kernel_starts(change, words):
         hedgehog_triton.fused_attention(**make(1, 2, 5, 32) | change)
 
 
+@pytest.mark.parametrize("change, words", [
+    (dict(window=0), "T > window >= 1, got .* and window 0"),
+    (dict(window=5), "T > window >= 1, got .* and window 5"),
+    (dict(q=torch.zeros(2, 5, 32)), "expected q"),
+    (dict(k=torch.zeros(1, 2, 6, 32)), "expected q and k"),
+    (dict(gate=torch.zeros(32)), r"gate must be \(2, 32\), .* got \(32,\)"),
+    (dict(gate=torch.zeros(2, 1)), r"gate must be \(2, 32\)"),
+    (dict(gate=torch.zeros(2, 32).int()), "gate must be .* floating-point .* got .* torch.int32"),
+    (dict(gate_bias=torch.zeros(1)), r"gate_bias must be \(2,\)"),
+    (dict(gate_bias=torch.zeros(2, device="meta")), "gate_bias must be .* on cpu, got .* on meta"),
+])
+def test_bad_input_of_the_hybrid_is_told_before_a_kernel_starts(change, words):
+    inputs = make(1, 2, 5, 32) | dict(gate=torch.zeros(2, 32), gate_bias=torch.zeros(2), window=2)
+    names = ("q", "k", "v", "wq", "wk", "bq", "bk", "gate", "gate_bias", "window")
+    given = {name: (inputs | change).get(name) for name in names}
+    with pytest.raises(ValueError, match=words):
+        hedgehog_triton.hybrid_attention(**given)
+    assert hedgehog_triton.hybrid_attention(**{name: inputs.get(name) for name in names}).shape == (1, 2, 5, 32)
+
+
 def test_tensors_on_the_cpu_are_refused_outside_the_interpreter(monkeypatch):
     monkeypatch.setattr(hedgehog_triton, "INTERPRETED", False)
     with pytest.raises(ValueError, match="tensors on cpu.*form='chunked'"):
@@ -828,3 +848,8 @@ def test_a_gpu_too_old_or_too_small_is_told(gpu, dtype, words, monkeypatch):
     monkeypatch.setattr(hedgehog_triton, "gpu", lambda index: gpu)
     why = hedgehog_triton.unsupported(OnAGPU(dtype, (1, 2, 5, 64)), 64, 64, has_map=True)
     assert why is None if words is None else words in why
+
+
+def test_a_gpu_that_is_not_nvidias_is_told(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # whose properties say nothing of shared memory
+    assert "an AMD GPU" in hedgehog_triton.unsupported(OnAGPU(torch.bfloat16, (1, 2, 5, 64)), 64, 64, has_map=True)
