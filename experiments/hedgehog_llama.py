@@ -62,7 +62,8 @@ def visible_keys(mask, position_ids, T, past, check=True):
     """(B, T) bool: which of the T new keys count, from what transformers hands to a layer. None: all of them.
 
     The mask is None, (B, S) of flash attention, or (B, 1, T, S), bool (sdpa) or 0 and -inf (eager), S = past + T. The
-    last query sees every key but padding, so its row tells the padding. `check`: refuse a mask that holds more.
+    last query sees every key but padding, so its row tells the padding. `check`: refuse a mask that holds more. Keys of
+    the past are in the state for good: with T = 1 a mask that hides some of them is not told from padding, and ignored.
     """
     keys, why = None, ""
     if mask is None:  # positions that start again are packed sequences, of which flash attention has no mask
@@ -119,7 +120,8 @@ class HedgehogLlamaAttention(LlamaAttention):
 
     A map for each of the H query heads and for each of the K key-value heads: as many keys as softmax has, so that the
     state is G times smaller than with the keys repeated first, as in LoLCATs. A `hybrid` holds the maps if there is
-    one. Its window counts places, and so visible tokens where padding is left or right of a text, but not inside.
+    one. Its window counts places, and so visible tokens where padding is left or right of a text, but not inside, where
+    it is once a prompt that is padded on the right is continued from the cache.
     """
 
     def rotated(self, hidden_states, position_embeddings):
@@ -226,11 +228,13 @@ def swap_back(model):
 
 
 def count_positions(module, args, kwargs):
-    """Before LlamaModel.forward: position_ids from a (B, S) attention_mask, unless they are given."""
+    """Before LlamaModel.forward: position_ids from a (B, S) or (B, 1, T, S) attention_mask, unless they are given."""
     kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
     if kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)):
         raise ValueError("linear attention forms no weights: leave out output_attentions, or swap_back(model)")
     mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:  # its last query's row, as in `visible_keys`
+        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
     if kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
         T = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None).shape[1]
         kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]

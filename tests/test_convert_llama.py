@@ -155,6 +155,20 @@ def test_padding_counts_for_nothing_on_either_side(side, implementation, kind, w
 
 
 @each_kind
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_a_mask_of_every_query_is_that_of_the_tokenizer(side, kind, window):
+    model, ids, cache = tiny(kind=kind, window=window), some_ids(), transformers.DynamicCache()
+    mask, causal = torch.ones_like(ids), torch.ones(9, 9, dtype=torch.bool).tril()
+    mask[0, :3] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    expected, shown = logits(model, ids, attention_mask=mask), causal & mask[:, None, None].bool()   # (B, 1, T, S)
+    for whole in (shown, torch.zeros(shown.shape, dtype=torch.float64).masked_fill(~shown, -math.inf)):
+        torch.testing.assert_close(logits(model, ids, attention_mask=whole), expected, rtol=1e-9, atol=1e-9)
+    parts = [step(model, ids[:, t:u], cache, shown[:, :, t:u, :u]) for t, u in ((0, 5), (5, 6), (6, 9))]
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)
+
+
+@each_kind
 def test_padding_has_no_gradient(kind, window):
     model = tiny(kind=kind, window=window)
     x = model.model.embed_tokens(some_ids()).detach().requires_grad_()
