@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, apply_rotary_pos_emb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for hedgehog.py, which is no installed package
 from hedgehog import FeatureMap, HybridAttention, divide, linear_attention  # noqa: E402
@@ -46,6 +46,9 @@ class StateLayer(DynamicLayer):
 
 def state_layer(cache, index):
     """The StateLayer of a cache; takes the place of the empty layer for keys that generate() made there."""
+    if not hasattr(cache, "layers"):
+        raise ValueError("linear attention keeps its state in a cache of layers, and has no place in the "
+                         f"{type(cache).__name__} of generate_batch(): call generate()")
     while len(cache.layers) <= index:
         cache.layers.append(StateLayer())
     if type(cache.layers[index]) is DynamicLayer and not cache.layers[index].get_seq_length():
@@ -174,10 +177,15 @@ def grouped_attention(q, k, v, state=None, eps=1e-30):
 def llama_layers(model):
     if hasattr(model, "get_base_model"):
         raise ValueError("a PeftModel hides the layers: swap(model) before get_peft_model, or pass get_base_model()")
+    if isinstance(model, LlamaModel):
+        raise ValueError("a LlamaModel has no head to write with: pass the LlamaForCausalLM whose .model it is")
     layers = getattr(getattr(model, "model", None), "layers", [])
     if not layers or not all(isinstance(layer.self_attn, LlamaAttention) for layer in layers):
         raise ValueError(f"{type(model).__name__} is not of the Llama architecture; supported is LlamaForCausalLM of "
                          "transformers (model_type 'llama': Llama 1 to 3, SmolLM2, TinyLlama, Vicuna ...)")
+    if any("forward" in vars(layer.self_attn) for layer in layers):  # which hides that of any class
+        raise ValueError("the attention has a forward of its own, as accelerate gives it in a model on several "
+                         "devices: load it without device_map, and call accelerate.dispatch_model() when it is swapped")
     return layers
 
 

@@ -266,6 +266,8 @@ def test_a_state_continues_no_keys_and_forgets_nothing():
     with pytest.raises(ValueError, match="cannot use one of StaticLayer: leave out cache_implementation, or pass an "
                                          r"empty DynamicCache\(\)"):
         swap(model).generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"no place in the SimpleNamespace of generate_batch\(\): call generate\(\)"):
+        hedgehog_llama.state_layer(SimpleNamespace(), 0)                   # of keys in pages, not in layers
 
 
 def test_weights_that_are_never_formed_are_not_given_out():
@@ -345,6 +347,8 @@ def test_another_architecture_head_width_or_map_is_refused():
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9))
     with pytest.raises(ValueError, match="GPT2LMHeadModel is not of the Llama architecture; supported is"):
         swap(gpt2)
+    with pytest.raises(ValueError, match="a LlamaModel has no head .*: pass the LlamaForCausalLM whose .model it is"):
+        swap(tiny(kind=None).model)
     with pytest.raises(ValueError, match="'cosformer' is not a map of single heads and positions: choose one of"):
         swap(tiny(), "cosformer", 3)
     for kind, window in (("hedgehog", -1), ("window", 0)):
@@ -379,6 +383,15 @@ def test_a_peft_model_is_refused_with_what_to_do_and_that_works():
     swap(after.get_base_model())
     for model in (after, lora(first)):
         torch.testing.assert_close(logits(model, ids), expected)
+
+
+def test_a_model_whose_attention_accelerate_wraps_is_refused_and_may_be_wrapped_later():
+    accelerate, ids = pytest.importorskip("accelerate"), some_ids()
+    dispatch = partial(accelerate.dispatch_model, device_map={"": "cpu"}, force_hooks=True)
+    for change in (swap, swap_back):
+        with pytest.raises(ValueError, match=r"has a forward of its own, as accelerate gives it .* without device_map"):
+            change(dispatch(tiny(kind=None if change is swap else "hedgehog")))
+    assert torch.equal(logits(dispatch(tiny()), ids), logits(tiny(), ids))
 
 
 @each_kind
