@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -264,17 +265,16 @@ def speed(model, length, config, device):
 # The table
 
 
-def load(config, dtype):
-    """(model, tokenizer), on the CPU. transformers dequantizes a GGUF file itself."""
-    path, options = Path(config.model), {}
+def load(config, kind, **options):
+    """What `kind`, a class of transformers, reads of --model, on the CPU; it dequantizes a GGUF file itself."""
+    path = Path(config.model)
     if path.suffix == ".gguf":
-        path, options = path.parent, dict(gguf_file=path.name)
+        if find_spec("gguf") is None:
+            raise ValueError(f"--model {path} is read with gguf: pip install -r requirements-experiments.txt")
+        path, options = path.parent, options | dict(gguf_file=path.name)
     with or_say(f"no Llama with a tokenizer at --model {config.model}: give a folder with config.json, a .gguf file or "
                 "a name on the hub"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
-    llama_layers(model)
-    return model.eval(), tokenizer
+        return kind.from_pretrained(str(path), **options)
 
 
 def prepare(config, tokenizer):
@@ -337,8 +337,10 @@ def main(config):
     if not lacking:
         tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
         return print(table(rows))
-    model, tokenizer = load(config, dtype)
-    data, about = prepare(config, tokenizer)
+    tokenizer = load(config, transformers.AutoTokenizer)
+    data, about = prepare(config, tokenizer)  # what is missing is told before a model of 13 GB is read
+    model = load(config, transformers.AutoModelForCausalLM, dtype=dtype or torch.float32).eval()
+    llama_layers(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     tqdm.write(f"{config.model} on {why}\ntrained on {about['train_rows']} dialogues of SAMSum's {about['trained_on']} "
                f"split, tested on {about['test_rows']} of test; {about['cut']} cut at {config.max_length} tokens")

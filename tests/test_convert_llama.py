@@ -721,7 +721,8 @@ def test_the_whole_table_is_made(folder, tmp_path, capsys, monkeypatch):
     assert "trained on 4 dialogues of SAMSum's val split, tested on 4 of test" in printed
     assert "hedgehog + LoRA" in printed and "a person     Bob is there." in printed
     # What was loaded can be checked by anyone: the perplexity of the text, and of its first block.
-    model, tokenizer = convert_llama.load(config, None)
+    model = convert_llama.load(config, transformers.AutoModelForCausalLM, dtype=torch.float32)
+    tokenizer = convert_llama.load(config, transformers.AutoTokenizer)
     ids = samsum.read_text(folder / "text.txt", tokenizer, "--text")
     for key, part in (("text_ppl", ids), ("text_first_block_ppl", ids[:16])):
         assert rows["zero-shot"][key] == pytest.approx(convert_llama.text_perplexity(model, part, CPU), rel=1e-4)
@@ -798,17 +799,29 @@ def write_gguf(path, model, tokenizer):
     writer.close()
 
 
-def test_a_gguf_of_llama_cpp_gives_the_logits_it_was_made_of(tmp_path):
+def test_a_gguf_of_llama_cpp_gives_the_logits_it_was_made_of(tmp_path, monkeypatch):
     model, tokenizer, path = tiny(kind=None, dtype=torch.float32, vocab_size=330), make_tokenizer(), tmp_path / "x.gguf"
     write_gguf(path, model, tokenizer)
-    loaded, read = convert_llama.load(LlamaConfig(model=str(path)), None)
+    load = partial(convert_llama.load, LlamaConfig(model=str(path)))
+    loaded, read = load(transformers.AutoModelForCausalLM, dtype=torch.float32), load(transformers.AutoTokenizer)
     torch.testing.assert_close(logits(loaded, some_ids()), logits(model, some_ids()))
     assert loaded.dtype == torch.float32 and read("Ann: Hi").input_ids == tokenizer("Ann: Hi").input_ids
     whole = path.read_bytes()
     for damaged in (whole[:100], whole[:3000], whole[:-1000], b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="no Llama with a tokenizer at --model .*x.gguf: give a folder"):
-            convert_llama.load(LlamaConfig(model=str(path)), None)
+            load(transformers.AutoModelForCausalLM)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="x.gguf is read with gguf: pip install -r requirements-experiments.txt"):
+        load(transformers.AutoTokenizer)
+
+
+@pytest.mark.parametrize("flag", ["--data", "--text", "--distill-text", "--lora-text"])
+def test_a_missing_file_is_told_before_the_model_is_read(flag, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
+                        lambda *args, **kwargs: pytest.fail("reads the model first"))
+    with pytest.raises(ValueError, match=flag):
+        convert_llama.main(parse(folder, tmp_path / "rows.json", f"{flag} {tmp_path}/nowhere"))
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch, capsys):
