@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # no installed package
 from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
 from data import glue  # noqa: E402
-from experiments.common import or_say, rows_so_far, with_names  # noqa: E402
+from experiments.common import or_say, ready, rows_so_far, with_names  # noqa: E402
 from hedgehog import FEATURE_MAPS, LEARNED_MAPS, FeatureMap, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, flag, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance,
@@ -377,7 +377,7 @@ def main(config):
         raise ValueError(f"this experiment needs {missing}: pip install -r requirements-experiments.txt")
     device, _, why = pick_device(config.device, config.dtype)
     left_out = ("task", "attentions", "seeds", "data", "device", "dtype", "workers", "out")
-    about, out = {k: v for k, v in asdict(config).items() if k not in left_out}, Path(config.out)
+    about, out = {k: v for k, v in asdict(config).items() if k not in left_out}, ready(config.out)
     about["model"] = Path(config.model).name
     rows = rows_so_far(out, about, lambda row: row["task"] in config.task)
     tqdm.write(f"{config.model} on {why}")
@@ -392,7 +392,6 @@ def main(config):
         tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
     about |= provenance(device) | dict(transformers=transformers.__version__)
     about["command"] = with_names(about["command"])
-    out.parent.mkdir(parents=True, exist_ok=True)
     spawn, ignore = multiprocessing.get_context("spawn"), (signal.signal, (signal.SIGINT, signal.SIG_IGN))
     with spawn.Pool(config.workers, *ignore) if config.workers > 1 else nullcontext() as pool:
         done = (pool.imap_unordered if pool else map)(partial(convert, config=config), jobs)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of this repository, which is no package
 from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
-from experiments.common import or_say, rows_so_far, with_names  # noqa: E402
+from experiments.common import or_say, ready, rows_so_far, with_names  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance,
     reset_peak, save_json)
@@ -330,7 +330,7 @@ def measure_row(name, model, tokenizer, data, config, device):
 def main(config):
     device, dtype, why = pick_device(config.device, config.dtype)
     settings = {k: Path(v).name if k in PATHS else v for k, v in asdict(config).items() if k not in MAY_DIFFER}
-    of_t2r, out = dict(distill_lr_t2r=config.distill_lr_t2r), Path(config.out)
+    of_t2r, out = dict(distill_lr_t2r=config.distill_lr_t2r), ready(config.out)
     rows_so_far(out, of_t2r, lambda row: row["attention"] == "t2r")
     rows = rows_so_far(out, settings, hybrid_window=0)
     lacking = [name for name in ("zero-shot", *config.attentions) if name not in {row["attention"] for row in rows}]
@@ -341,7 +341,6 @@ def main(config):
     data, about = prepare(config, tokenizer)  # what is missing is told before a model of 13 GB is read
     model = load(config, transformers.AutoModelForCausalLM, dtype=dtype or torch.float32).eval()
     llama_layers(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
     tqdm.write(f"{config.model} on {why}\ntrained on {about['train_rows']} dialogues of SAMSum's {about['trained_on']} "
                f"split, tested on {about['test_rows']} of test; {about['cut']} cut at {config.max_length} tokens")
     about |= provenance(device) | dict(weights=str(model.dtype))

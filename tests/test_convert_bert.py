@@ -636,6 +636,7 @@ def test_held_out_rows_are_no_training_rows_and_batches_hold_every_row_once(worl
     (("--batch-size", "0"), "--batch-size must be at least 1"),
     (("--seeds", "-1"), "--seeds must be at least 0"),
     (("--model", "./no/such/folder"), "no BERT with a tokenizer at --model ./no/such/folder: give a folder"),
+    (("--out", "/dev/null/rows.json"), "cannot write --out /dev/null/rows.json: choose another"),
     (("--limit", "1"), "too few to hold one out: raise --limit"),
     (("--teacher-lr", "1e30"), "is not finite after epoch 1: lower --teacher-lr"),
 ])

@@ -967,6 +967,8 @@ def test_a_text_may_be_learned_before_the_summaries(folder, tmp_path):
     ("--model {tmp}/nothing.gguf", "no Llama with a tokenizer at .*nothing.gguf"),
     ("--model {tmp}", "give a folder with config.json, a .gguf file or a name on the hub"),
     ("--data {tmp}/nowhere", "nowhere has to hold SAMSum's test split"),
+    ("--out {tmp}/rows.txt", "rows.txt must end in .json"),
+    ("--out /dev/null/rows.json", "cannot write --out /dev/null/rows.json: choose another"),
     ("--max-length 0", "--max-length must be at least 1"),
     ("--limit -1", "--limit must be at least 0"),
     ("--hybrid-window -1", "--hybrid-window must be at least 0"),
