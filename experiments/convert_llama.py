@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of this repository, which is no package
-from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
+from convert_gpt2 import compare, imitation_loss, learn_maps_alone, maps_of  # noqa: E402
 from experiments.common import or_say, ready, rows_so_far, with_names  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance,
@@ -134,14 +134,10 @@ def imitate(model, ids, mask, learn=False, loss=imitation_loss):
     """
     losses, attentions = [], [layer.self_attn for layer in model.model.layers]
 
-    def compare(attention, hidden_states, position_embeddings, **kwargs):
+    def beside_softmax(attention, hidden_states, position_embeddings, **kwargs):
         q, k, _ = attention.rotated(hidden_states, position_embeddings)
         with torch.set_grad_enabled(learn):
-            maps = attention.hybrid or attention
-            phi_q, phi_k = maps.map_q(q, is_query=True), maps.map_k(k)
-            k, phi_k = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, phi_k))
-            hybrid = dict(window=maps.window, log_gate=maps.log_gate(q)) if attention.hybrid else {}
-            both = torch.stack(loss(q, k, phi_q, phi_k, keep=mask.bool(), **hybrid))
+            both = torch.stack(compare(attention.hybrid or attention, q, k, loss, mask.bool()))
             if learn:
                 both[0].backward()
         losses.append(both.detach())
@@ -149,7 +145,7 @@ def imitate(model, ids, mask, learn=False, loss=imitation_loss):
 
     try:
         for attention in attentions:
-            attention.forward = partial(compare, attention)
+            attention.forward = partial(beside_softmax, attention)
         model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         for attention in attentions:

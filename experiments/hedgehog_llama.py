@@ -127,6 +127,8 @@ class HedgehogLlamaAttention(LlamaAttention):
     it is once a prompt that is padded on the right is continued from the cache.
     """
 
+    window = 0  # of the hybrid, which has one of its own
+
     def rotated(self, hidden_states, position_embeddings):
         """q (B, H, T, D), k and v (B, K, T, D), as softmax would get them."""
         q, k, v = (projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
