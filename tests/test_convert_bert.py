@@ -389,6 +389,15 @@ def test_no_data_and_no_network_is_told_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(glue, "ARCHIVES", "http://127.0.0.1:9/{}.zip")
     with pytest.raises(ValueError, match="no mirror delivered RTE.zip .* get RTE elsewhere and put its files into"):
         glue.find_files("rte", tmp_path)
+    monkeypatch.setattr(glue, "MRPC", "http://127.0.0.1:9/{}")
+    for task, data in (("rte", "a/b"), ("mrpc", "a/b"), ("mrpc", "")):
+        with pytest.raises(ValueError, match="no mirror delivered"):
+            glue.find_files(task, tmp_path / data)
+    assert not list(tmp_path.iterdir())  # no empty folder is left
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="no mirror delivered"):
+        glue.find_files("rte", tmp_path / "mine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]  # which this call did not make
     (tmp_path / "RTE.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="RTE.zip is damaged or another archive"):
         glue.find_files("rte", tmp_path)
