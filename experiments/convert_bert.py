@@ -142,6 +142,9 @@ def visible_keys(mask, x):
     B, T = x.shape[:2]
     if mask is None:
         return torch.ones(B, T, dtype=torch.bool, device=x.device)
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"the mask is the {type(mask).__name__} of flex_attention, which linear attention cannot "
+                         'read: model.set_attn_implementation("sdpa")')
     why, shape = "", tuple(mask.shape)
     if mask.ndim == 2:  # the tokenizer's own, 1 for a token
         mask = mask[:, None, None]

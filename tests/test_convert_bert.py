@@ -167,6 +167,7 @@ def test_every_form_of_a_padding_mask_is_read_alike():
     (torch.tensor([[True, True, False], [True, False, True]])[None, :, None], "from head to head"),
     (torch.tensor([0.0, -0.5, 0.0])[None, None, None], "a bias on q.k"),
     (torch.ones(1, 4).bool(), "of shape .1, 4., which does not fit 1 rows of 3 tokens"),
+    (object(), r'the object of flex_attention, which .*: model.set_attn_implementation\("sdpa"\)'),
     (torch.ones(3, 3).bool()[None], "of shape .1, 3, 3., which does not fit"),
 ])
 def test_other_masks_are_refused_and_named(mask, what):
