@@ -311,6 +311,7 @@ def convert(job, config):
     taught = finetune(model, train, held_out, config, seed, "teacher_")
     teacher, teacher_score = copy.deepcopy(model.state_dict()), evaluate(model, reported)
     teacher_seconds = time.perf_counter() - began
+    sizes = dict(train_rows=len(train.rows) + len(held_out.rows), reported_rows=len(reported.rows))
     for attention in attentions:
         began, stages, about = time.perf_counter(), {"teacher": teacher_score}, dict(seed=seed, teacher=taught)
         restore(model).load_state_dict(teacher)
@@ -324,7 +325,7 @@ def convert(job, config):
         about |= finetune(model, train, held_out, config, seed)
         stages["finetuned"] = evaluate(model, reported)
         seconds = time.perf_counter() - began + teacher_seconds * (attention == "softmax")
-        found[task, attention, seed] = dict(about, stages=stages, seconds=seconds)
+        found[task, attention, seed] = dict(about, **sizes, stages=stages, seconds=seconds)
         tqdm.write(f"{task} {attention}, seed {seed}: " + ", ".join(
             f"{stage} {100 * measures['score']:.1f}" for stage, measures in stages.items()) + f" ({seconds:.0f} s)")
     return found
@@ -341,8 +342,9 @@ def summarize(task, attention, runs, about):
              for stage, measures in runs[0]["stages"].items()}
     stage = max(("finetuned", "teacher")[:1 + (attention == "softmax")], key=lambda stage: means[stage]["score"])
     scores = [r["stages"][stage]["score"] for r in runs]
-    return dict(about, task=task, attention=attention, **means[stage], seeds=len(runs), scores=scores, stage=stage,
-                std=float(np.std(scores, ddof=1)) if len(runs) > 1 else None, stages=means,
+    sizes = {k: r[k] for r in runs for k in ("train_rows", "reported_rows") if k in r}    # old runs do not tell
+    return dict(about, task=task, attention=attention, **sizes, **means[stage], seeds=len(runs), scores=scores,
+                stage=stage, std=float(np.std(scores, ddof=1)) if len(runs) > 1 else None, stages=means,
                 held_out=float(np.mean([r["held_out"] for r in runs])), seconds=sum(r["seconds"] for r in runs),
                 runs=runs)
 

@@ -540,6 +540,7 @@ def test_numbers_two_splits_and_single_sentences_take_part(task, world, tmp_path
     row = rows_of(tmp_path)[task, "hedgehog"]
     names = dict(stsb={"pearson", "spearman"}, cola={"matthews"}, mnli={"accuracy"})[task]
     assert row["score"] == pytest.approx(sum(row[name] for name in names) / len(names))
+    assert (row["train_rows"], row["reported_rows"]) == (20, 40 if task == "mnli" else 20)  # one held out included
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(world, tmp_path, monkeypatch, capsys):
