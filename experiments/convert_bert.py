@@ -48,7 +48,7 @@ try:
 except ImportError as e:
     missing = e.name
 
-PAPER = {"hedgehog": 99.3, "t2r": 89}  # % of BERT's score recovered, mean over GLUE
+PAPER = {"hedgehog": "99.3", "t2r": "89, probably not distilled"}  # % of BERT's score recovered, mean over GLUE
 STAGES, UNDISTILLED = ("teacher", "swapped", "distilled", "finetuned"), "-undistilled"
 REFUSED = ("cache", "past_key_values", "encoder_hidden_states", "head_mask", "output_attentions", "cu_seq_lens_q")
 ATTENTIONS = ("softmax", *FEATURE_MAPS, *(kind + UNDISTILLED for kind in LEARNED_MAPS))
