@@ -275,6 +275,15 @@ def imitation_loss(q, k, phi_q, phi_k, keep=None, causal=True, window=0, log_gat
         return (cross_entropy * weight).sum(), ((p * (log_sum - s)).sum(-1) * weight).sum()
 
 
+def compare(maps, q, k, loss=imitation_loss, keep=None):
+    """`loss` of the maps and the gates of one layer's attention. q (B, H, T, D), k (B, H or, grouped, K, T, D), raw."""
+    phi_q, phi_k = maps.map_q(q, is_query=True), maps.map_k(k)
+    if k.shape[1] < q.shape[1]:
+        k, phi_k = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, phi_k))
+    hybrid = dict(window=maps.window, log_gate=maps.log_gate(q)) if maps.window else {}
+    return loss(q, k, phi_q, phi_k, keep, **hybrid)
+
+
 @torch.no_grad()
 def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
     """The teacher reads idx (B, T), and each layer's maps are compared with its weights: (n_layer, 2), as in the loss,
@@ -291,8 +300,7 @@ def imitate(model, idx, autocast, loss=imitation_loss, learn=False):
             maps, both = block.attn.linear, x.new_zeros(2)
             if maps is not None:
                 with torch.set_grad_enabled(learn):
-                    hybrid = dict(window=maps.window, log_gate=maps.log_gate(q)) if maps.window else {}
-                    both = loss(q, k, maps.map_q(q, is_query=True), maps.map_k(k), **hybrid)
+                    both = compare(maps, q, k, loss)
                 if learn:
                     both[0].backward()
             losses.append(torch.stack([value.detach() for value in both]))

@@ -59,23 +59,35 @@ def find_files(task, data):
     lacking = [path for path in files if not path.exists()]
     if lacking:
         tqdm.write(f"{lacking[0]} is not there: downloading {about.folder}")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        remedy = f"get {about.folder} elsewhere and put its files into {folder}, or name another folder with --data"
-        if task == "mrpc":
-            for path in lacking:
-                download([MRPC.format(path.name)], path, lambda part: b"Quality" in part.read_bytes()[:20], remedy)
-            return files[0], files[1:]
-        archive = folder.with_name(f"{about.archive or about.folder}.zip")
-        if not archive.exists():
-            download([ARCHIVES.format(archive.stem)], archive, zipfile.is_zipfile, remedy)
         try:
-            with zipfile.ZipFile(archive) as z:
-                for path in lacking:
-                    content = z.read(f"{about.folder}/{path.name}")
-                    write_atomically(path, lambda f, content=content: f.write(content))
-        except (zipfile.BadZipFile, KeyError) as e:
-            raise ValueError(f"{archive} is damaged or another archive ({e}): delete it and run this again") from e
+            fetch(task, folder, lacking)
+        finally:  # a download that brought nothing leaves no folder
+            for path in made:
+                if not any(path.iterdir()):
+                    path.rmdir()
     return files[0], files[1:]
+
+
+def fetch(task, folder, lacking):
+    """Download the files that are lacking in the task's folder."""
+    about = TASKS[task]
+    remedy = f"get {about.folder} elsewhere and put its files into {folder}, or name another folder with --data"
+    if task == "mrpc":
+        for path in lacking:
+            download([MRPC.format(path.name)], path, lambda part: b"Quality" in part.read_bytes()[:20], remedy)
+        return
+    archive = folder.with_name(f"{about.archive or about.folder}.zip")
+    if not archive.exists():
+        download([ARCHIVES.format(archive.stem)], archive, zipfile.is_zipfile, remedy)
+    try:
+        with zipfile.ZipFile(archive) as z:
+            for path in lacking:
+                content = z.read(f"{about.folder}/{path.name}")
+                write_atomically(path, lambda f, content=content: f.write(content))
+    except (zipfile.BadZipFile, KeyError) as e:
+        raise ValueError(f"{archive} is damaged or another archive ({e}): delete it and run this again") from e
 
 
 def read_rows(task, path):

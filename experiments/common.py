@@ -102,7 +102,7 @@ def ready(out):
     """--out as a Path whose folder is there and can be written. ValueError if not: before the work, not at its end."""
     out = Path(out)
     if out.suffix != ".json":
-        raise ValueError(f"--out {out} must end in .json: it is a file of rows, and its figure ends in .png")
+        raise ValueError(f"--out {out} must end in .json: it is a file of rows, written as JSON")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()

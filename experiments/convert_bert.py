@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # no installed package
 from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
 from data import glue  # noqa: E402
-from experiments.common import or_say, rows_so_far, with_names  # noqa: E402
+from experiments.common import or_say, ready, rows_so_far, with_names  # noqa: E402
 from hedgehog import FEATURE_MAPS, LEARNED_MAPS, FeatureMap, linear_attention  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, flag, learning_rate, make_optimizer, opt, parse_config, pick_device, provenance,
@@ -48,7 +48,7 @@ try:
 except ImportError as e:
     missing = e.name
 
-PAPER = {"hedgehog": 99.3, "t2r": 89}  # % of BERT's score recovered, mean over GLUE
+PAPER = {"hedgehog": "99.3", "t2r": "89, probably not distilled"}  # % of BERT's score recovered, mean over GLUE
 STAGES, UNDISTILLED = ("teacher", "swapped", "distilled", "finetuned"), "-undistilled"
 REFUSED = ("cache", "past_key_values", "encoder_hidden_states", "head_mask", "output_attentions", "cu_seq_lens_q")
 ATTENTIONS = ("softmax", *FEATURE_MAPS, *(kind + UNDISTILLED for kind in LEARNED_MAPS))
@@ -142,6 +142,9 @@ def visible_keys(mask, x):
     B, T = x.shape[:2]
     if mask is None:
         return torch.ones(B, T, dtype=torch.bool, device=x.device)
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"the mask is the {type(mask).__name__} of flex_attention, which linear attention cannot "
+                         'read: model.set_attn_implementation("sdpa")')
     why, shape = "", tuple(mask.shape)
     if mask.ndim == 2:  # the tokenizer's own, 1 for a token
         mask = mask[:, None, None]
@@ -308,6 +311,7 @@ def convert(job, config):
     taught = finetune(model, train, held_out, config, seed, "teacher_")
     teacher, teacher_score = copy.deepcopy(model.state_dict()), evaluate(model, reported)
     teacher_seconds = time.perf_counter() - began
+    sizes = dict(train_rows=len(train.rows) + len(held_out.rows), reported_rows=len(reported.rows))
     for attention in attentions:
         began, stages, about = time.perf_counter(), {"teacher": teacher_score}, dict(seed=seed, teacher=taught)
         restore(model).load_state_dict(teacher)
@@ -321,7 +325,7 @@ def convert(job, config):
         about |= finetune(model, train, held_out, config, seed)
         stages["finetuned"] = evaluate(model, reported)
         seconds = time.perf_counter() - began + teacher_seconds * (attention == "softmax")
-        found[task, attention, seed] = dict(about, stages=stages, seconds=seconds)
+        found[task, attention, seed] = dict(about, **sizes, stages=stages, seconds=seconds)
         tqdm.write(f"{task} {attention}, seed {seed}: " + ", ".join(
             f"{stage} {100 * measures['score']:.1f}" for stage, measures in stages.items()) + f" ({seconds:.0f} s)")
     return found
@@ -338,8 +342,9 @@ def summarize(task, attention, runs, about):
              for stage, measures in runs[0]["stages"].items()}
     stage = max(("finetuned", "teacher")[:1 + (attention == "softmax")], key=lambda stage: means[stage]["score"])
     scores = [r["stages"][stage]["score"] for r in runs]
-    return dict(about, task=task, attention=attention, **means[stage], seeds=len(runs), scores=scores, stage=stage,
-                std=float(np.std(scores, ddof=1)) if len(runs) > 1 else None, stages=means,
+    sizes = {k: r[k] for r in runs for k in ("train_rows", "reported_rows") if k in r}    # old runs do not tell
+    return dict(about, task=task, attention=attention, **sizes, **means[stage], seeds=len(runs), scores=scores,
+                stage=stage, std=float(np.std(scores, ddof=1)) if len(runs) > 1 else None, stages=means,
                 held_out=float(np.mean([r["held_out"] for r in runs])), seconds=sum(r["seconds"] for r in runs),
                 runs=runs)
 
@@ -377,7 +382,7 @@ def main(config):
         raise ValueError(f"this experiment needs {missing}: pip install -r requirements-experiments.txt")
     device, _, why = pick_device(config.device, config.dtype)
     left_out = ("task", "attentions", "seeds", "data", "device", "dtype", "workers", "out")
-    about, out = {k: v for k, v in asdict(config).items() if k not in left_out}, Path(config.out)
+    about, out = {k: v for k, v in asdict(config).items() if k not in left_out}, ready(config.out)
     about["model"] = Path(config.model).name
     rows = rows_so_far(out, about, lambda row: row["task"] in config.task)
     tqdm.write(f"{config.model} on {why}")
@@ -392,7 +397,6 @@ def main(config):
         tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
     about |= provenance(device) | dict(transformers=transformers.__version__)
     about["command"] = with_names(about["command"])
-    out.parent.mkdir(parents=True, exist_ok=True)
     spawn, ignore = multiprocessing.get_context("spawn"), (signal.signal, (signal.SIGINT, signal.SIG_IGN))
     with spawn.Pool(config.workers, *ignore) if config.workers > 1 else nullcontext() as pool:
         done = (pool.imap_unordered if pool else map)(partial(convert, config=config), jobs)

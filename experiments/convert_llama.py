@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the files of this repository, which is no package
-from convert_gpt2 import imitation_loss, learn_maps_alone, maps_of  # noqa: E402
-from experiments.common import or_say, rows_so_far, with_names  # noqa: E402
+from convert_gpt2 import compare, imitation_loss, learn_maps_alone, maps_of  # noqa: E402
+from experiments.common import or_say, ready, rows_so_far, with_names  # noqa: E402
 from train_gpt import (  # noqa: E402
     TrainConfig, check_least, cli, learning_rate, opt, parse_config, peak_gib, perplexity, pick_device, provenance,
     reset_peak, save_json)
@@ -133,14 +134,10 @@ def imitate(model, ids, mask, learn=False, loss=imitation_loss):
     """
     losses, attentions = [], [layer.self_attn for layer in model.model.layers]
 
-    def compare(attention, hidden_states, position_embeddings, **kwargs):
+    def beside_softmax(attention, hidden_states, position_embeddings, **kwargs):
         q, k, _ = attention.rotated(hidden_states, position_embeddings)
         with torch.set_grad_enabled(learn):
-            maps = attention.hybrid or attention
-            phi_q, phi_k = maps.map_q(q, is_query=True), maps.map_k(k)
-            k, phi_k = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, phi_k))
-            hybrid = dict(window=maps.window, log_gate=maps.log_gate(q)) if attention.hybrid else {}
-            both = torch.stack(loss(q, k, phi_q, phi_k, keep=mask.bool(), **hybrid))
+            both = torch.stack(compare(attention.hybrid or attention, q, k, loss, mask.bool()))
             if learn:
                 both[0].backward()
         losses.append(both.detach())
@@ -148,7 +145,7 @@ def imitate(model, ids, mask, learn=False, loss=imitation_loss):
 
     try:
         for attention in attentions:
-            attention.forward = partial(compare, attention)
+            attention.forward = partial(beside_softmax, attention)
         model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         for attention in attentions:
@@ -264,17 +261,16 @@ def speed(model, length, config, device):
 # The table
 
 
-def load(config, dtype):
-    """(model, tokenizer), on the CPU. transformers dequantizes a GGUF file itself."""
-    path, options = Path(config.model), {}
+def load(config, kind, **options):
+    """What `kind`, a class of transformers, reads of --model, on the CPU; it dequantizes a GGUF file itself."""
+    path = Path(config.model)
     if path.suffix == ".gguf":
-        path, options = path.parent, dict(gguf_file=path.name)
+        if find_spec("gguf") is None:
+            raise ValueError(f"--model {path} is read with gguf: pip install -r requirements-experiments.txt")
+        path, options = path.parent, options | dict(gguf_file=path.name)
     with or_say(f"no Llama with a tokenizer at --model {config.model}: give a folder with config.json, a .gguf file or "
                 "a name on the hub"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
-    llama_layers(model)
-    return model.eval(), tokenizer
+        return kind.from_pretrained(str(path), **options)
 
 
 def prepare(config, tokenizer):
@@ -330,16 +326,17 @@ def measure_row(name, model, tokenizer, data, config, device):
 def main(config):
     device, dtype, why = pick_device(config.device, config.dtype)
     settings = {k: Path(v).name if k in PATHS else v for k, v in asdict(config).items() if k not in MAY_DIFFER}
-    of_t2r, out = dict(distill_lr_t2r=config.distill_lr_t2r), Path(config.out)
+    of_t2r, out = dict(distill_lr_t2r=config.distill_lr_t2r), ready(config.out)
     rows_so_far(out, of_t2r, lambda row: row["attention"] == "t2r")
     rows = rows_so_far(out, settings, hybrid_window=0)
     lacking = [name for name in ("zero-shot", *config.attentions) if name not in {row["attention"] for row in rows}]
     if not lacking:
         tqdm.write(f"{out} has all these rows already, nothing is trained: choose another --out to make them again")
         return print(table(rows))
-    model, tokenizer = load(config, dtype)
-    data, about = prepare(config, tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = load(config, transformers.AutoTokenizer)
+    data, about = prepare(config, tokenizer)  # what is missing is told before a model of 13 GB is read
+    model = load(config, transformers.AutoModelForCausalLM, dtype=dtype or torch.float32).eval()
+    llama_layers(model)
     tqdm.write(f"{config.model} on {why}\ntrained on {about['train_rows']} dialogues of SAMSum's {about['trained_on']} "
                f"split, tested on {about['test_rows']} of test; {about['cut']} cut at {config.max_length} tokens")
     about |= provenance(device) | dict(weights=str(model.dtype))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, apply_rotary_pos_emb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for hedgehog.py, which is no installed package
 from hedgehog import FeatureMap, HybridAttention, divide, linear_attention  # noqa: E402
@@ -46,6 +46,9 @@ class StateLayer(DynamicLayer):
 
 def state_layer(cache, index):
     """The StateLayer of a cache; takes the place of the empty layer for keys that generate() made there."""
+    if not hasattr(cache, "layers"):
+        raise ValueError("linear attention keeps its state in a cache of layers, and has no place in the "
+                         f"{type(cache).__name__} of generate_batch(): call generate()")
     while len(cache.layers) <= index:
         cache.layers.append(StateLayer())
     if type(cache.layers[index]) is DynamicLayer and not cache.layers[index].get_seq_length():
@@ -62,7 +65,8 @@ def visible_keys(mask, position_ids, T, past, check=True):
     """(B, T) bool: which of the T new keys count, from what transformers hands to a layer. None: all of them.
 
     The mask is None, (B, S) of flash attention, or (B, 1, T, S), bool (sdpa) or 0 and -inf (eager), S = past + T. The
-    last query sees every key but padding, so its row tells the padding. `check`: refuse a mask that holds more.
+    last query sees every key but padding, so its row tells the padding. `check`: refuse a mask that holds more. Keys of
+    the past are in the state for good: with T = 1 a mask that hides some of them is not told from padding, and ignored.
     """
     keys, why = None, ""
     if mask is None:  # positions that start again are packed sequences, of which flash attention has no mask
@@ -119,8 +123,11 @@ class HedgehogLlamaAttention(LlamaAttention):
 
     A map for each of the H query heads and for each of the K key-value heads: as many keys as softmax has, so that the
     state is G times smaller than with the keys repeated first, as in LoLCATs. A `hybrid` holds the maps if there is
-    one. Its window counts places, and so visible tokens where padding is left or right of a text, but not inside.
+    one. Its window counts places, and so visible tokens where padding is left or right of a text, but not inside, where
+    it is once a prompt that is padded on the right is continued from the cache.
     """
+
+    window = 0  # of the hybrid, which has one of its own
 
     def rotated(self, hidden_states, position_embeddings):
         """q (B, H, T, D), k and v (B, K, T, D), as softmax would get them."""
@@ -172,10 +179,15 @@ def grouped_attention(q, k, v, state=None, eps=1e-30):
 def llama_layers(model):
     if hasattr(model, "get_base_model"):
         raise ValueError("a PeftModel hides the layers: swap(model) before get_peft_model, or pass get_base_model()")
+    if isinstance(model, LlamaModel):
+        raise ValueError("a LlamaModel has no head to write with: pass the LlamaForCausalLM whose .model it is")
     layers = getattr(getattr(model, "model", None), "layers", [])
     if not layers or not all(isinstance(layer.self_attn, LlamaAttention) for layer in layers):
         raise ValueError(f"{type(model).__name__} is not of the Llama architecture; supported is LlamaForCausalLM of "
                          "transformers (model_type 'llama': Llama 1 to 3, SmolLM2, TinyLlama, Vicuna ...)")
+    if any("forward" in vars(layer.self_attn) for layer in layers):  # which hides that of any class
+        raise ValueError("the attention has a forward of its own, as accelerate gives it in a model on several "
+                         "devices: load it without device_map, and call accelerate.dispatch_model() when it is swapped")
     return layers
 
 
@@ -226,11 +238,13 @@ def swap_back(model):
 
 
 def count_positions(module, args, kwargs):
-    """Before LlamaModel.forward: position_ids from a (B, S) attention_mask, unless they are given."""
+    """Before LlamaModel.forward: position_ids from a (B, S) or (B, 1, T, S) attention_mask, unless they are given."""
     kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
     if kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)):
         raise ValueError("linear attention forms no weights: leave out output_attentions, or swap_back(model)")
     mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:  # its last query's row, as in `visible_keys`
+        mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
     if kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
         T = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None).shape[1]
         kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]

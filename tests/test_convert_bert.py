@@ -167,6 +167,7 @@ def test_every_form_of_a_padding_mask_is_read_alike():
     (torch.tensor([[True, True, False], [True, False, True]])[None, :, None], "from head to head"),
     (torch.tensor([0.0, -0.5, 0.0])[None, None, None], "a bias on q.k"),
     (torch.ones(1, 4).bool(), "of shape .1, 4., which does not fit 1 rows of 3 tokens"),
+    (object(), r'the object of flex_attention, which .*: model.set_attn_implementation\("sdpa"\)'),
     (torch.ones(3, 3).bool()[None], "of shape .1, 3, 3., which does not fit"),
 ])
 def test_other_masks_are_refused_and_named(mask, what):
@@ -389,6 +390,15 @@ def test_no_data_and_no_network_is_told_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(glue, "ARCHIVES", "http://127.0.0.1:9/{}.zip")
     with pytest.raises(ValueError, match="no mirror delivered RTE.zip .* get RTE elsewhere and put its files into"):
         glue.find_files("rte", tmp_path)
+    monkeypatch.setattr(glue, "MRPC", "http://127.0.0.1:9/{}")
+    for task, data in (("rte", "a/b"), ("mrpc", "a/b"), ("mrpc", "")):
+        with pytest.raises(ValueError, match="no mirror delivered"):
+            glue.find_files(task, tmp_path / data)
+    assert not list(tmp_path.iterdir())  # no empty folder is left
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="no mirror delivered"):
+        glue.find_files("rte", tmp_path / "mine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]  # which this call did not make
     (tmp_path / "RTE.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="RTE.zip is damaged or another archive"):
         glue.find_files("rte", tmp_path)
@@ -488,6 +498,8 @@ def test_softmax_is_given_the_better_of_its_two_means_and_the_others_are_compare
     convert_bert.add_recovered(rows := [softmax, mine])
     assert [row["recovered"] for row in rows] == pytest.approx([100, 50])
     assert "35.0      -          50.0" in convert_bert.table([row | dict(task="rte") for row in rows])
+    assert "t2r: 50.0 % of softmax recovered, mean of 1; the paper's, over GLUE: 89, probably not distilled" in (
+        convert_bert.table([softmax, mine | dict(attention="t2r")]))
     convert_bert.add_recovered([mine])
     assert mine["recovered"] is None  # nothing to compare with
 
@@ -530,6 +542,7 @@ def test_numbers_two_splits_and_single_sentences_take_part(task, world, tmp_path
     row = rows_of(tmp_path)[task, "hedgehog"]
     names = dict(stsb={"pearson", "spearman"}, cola={"matthews"}, mnli={"accuracy"})[task]
     assert row["score"] == pytest.approx(sum(row[name] for name in names) / len(names))
+    assert (row["train_rows"], row["reported_rows"]) == (20, 40 if task == "mnli" else 20)  # one held out included
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(world, tmp_path, monkeypatch, capsys):
@@ -636,6 +649,7 @@ def test_held_out_rows_are_no_training_rows_and_batches_hold_every_row_once(worl
     (("--batch-size", "0"), "--batch-size must be at least 1"),
     (("--seeds", "-1"), "--seeds must be at least 0"),
     (("--model", "./no/such/folder"), "no BERT with a tokenizer at --model ./no/such/folder: give a folder"),
+    (("--out", "/dev/null/rows.json"), "cannot write --out /dev/null/rows.json: choose another"),
     (("--limit", "1"), "too few to hold one out: raise --limit"),
     (("--teacher-lr", "1e30"), "is not finite after epoch 1: lower --teacher-lr"),
 ])

@@ -155,6 +155,20 @@ def test_padding_counts_for_nothing_on_either_side(side, implementation, kind, w
 
 
 @each_kind
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_a_mask_of_every_query_is_that_of_the_tokenizer(side, kind, window):
+    model, ids, cache = tiny(kind=kind, window=window), some_ids(), transformers.DynamicCache()
+    mask, causal = torch.ones_like(ids), torch.ones(9, 9, dtype=torch.bool).tril()
+    mask[0, :3] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    expected, shown = logits(model, ids, attention_mask=mask), causal & mask[:, None, None].bool()   # (B, 1, T, S)
+    for whole in (shown, torch.zeros(shown.shape, dtype=torch.float64).masked_fill(~shown, -math.inf)):
+        torch.testing.assert_close(logits(model, ids, attention_mask=whole), expected, rtol=1e-9, atol=1e-9)
+    parts = [step(model, ids[:, t:u], cache, shown[:, :, t:u, :u]) for t, u in ((0, 5), (5, 6), (6, 9))]
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)
+
+
+@each_kind
 def test_padding_has_no_gradient(kind, window):
     model = tiny(kind=kind, window=window)
     x = model.model.embed_tokens(some_ids()).detach().requires_grad_()
@@ -252,6 +266,8 @@ def test_a_state_continues_no_keys_and_forgets_nothing():
     with pytest.raises(ValueError, match="cannot use one of StaticLayer: leave out cache_implementation, or pass an "
                                          r"empty DynamicCache\(\)"):
         swap(model).generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"no place in the SimpleNamespace of generate_batch\(\): call generate\(\)"):
+        hedgehog_llama.state_layer(SimpleNamespace(), 0)                   # of keys in pages, not in layers
 
 
 def test_weights_that_are_never_formed_are_not_given_out():
@@ -331,6 +347,8 @@ def test_another_architecture_head_width_or_map_is_refused():
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9))
     with pytest.raises(ValueError, match="GPT2LMHeadModel is not of the Llama architecture; supported is"):
         swap(gpt2)
+    with pytest.raises(ValueError, match="a LlamaModel has no head .*: pass the LlamaForCausalLM whose .model it is"):
+        swap(tiny(kind=None).model)
     with pytest.raises(ValueError, match="'cosformer' is not a map of single heads and positions: choose one of"):
         swap(tiny(), "cosformer", 3)
     for kind, window in (("hedgehog", -1), ("window", 0)):
@@ -365,6 +383,15 @@ def test_a_peft_model_is_refused_with_what_to_do_and_that_works():
     swap(after.get_base_model())
     for model in (after, lora(first)):
         torch.testing.assert_close(logits(model, ids), expected)
+
+
+def test_a_model_whose_attention_accelerate_wraps_is_refused_and_may_be_wrapped_later():
+    accelerate, ids = pytest.importorskip("accelerate"), some_ids()
+    dispatch = partial(accelerate.dispatch_model, device_map={"": "cpu"}, force_hooks=True)
+    for change in (swap, swap_back):
+        with pytest.raises(ValueError, match=r"has a forward of its own, as accelerate gives it .* without device_map"):
+            change(dispatch(tiny(kind=None if change is swap else "hedgehog")))
+    assert torch.equal(logits(dispatch(tiny()), ids), logits(tiny(), ids))
 
 
 @each_kind
@@ -694,7 +721,8 @@ def test_the_whole_table_is_made(folder, tmp_path, capsys, monkeypatch):
     assert "trained on 4 dialogues of SAMSum's val split, tested on 4 of test" in printed
     assert "hedgehog + LoRA" in printed and "a person     Bob is there." in printed
     # What was loaded can be checked by anyone: the perplexity of the text, and of its first block.
-    model, tokenizer = convert_llama.load(config, None)
+    model = convert_llama.load(config, transformers.AutoModelForCausalLM, dtype=torch.float32)
+    tokenizer = convert_llama.load(config, transformers.AutoTokenizer)
     ids = samsum.read_text(folder / "text.txt", tokenizer, "--text")
     for key, part in (("text_ppl", ids), ("text_first_block_ppl", ids[:16])):
         assert rows["zero-shot"][key] == pytest.approx(convert_llama.text_perplexity(model, part, CPU), rel=1e-4)
@@ -771,17 +799,29 @@ def write_gguf(path, model, tokenizer):
     writer.close()
 
 
-def test_a_gguf_of_llama_cpp_gives_the_logits_it_was_made_of(tmp_path):
+def test_a_gguf_of_llama_cpp_gives_the_logits_it_was_made_of(tmp_path, monkeypatch):
     model, tokenizer, path = tiny(kind=None, dtype=torch.float32, vocab_size=330), make_tokenizer(), tmp_path / "x.gguf"
     write_gguf(path, model, tokenizer)
-    loaded, read = convert_llama.load(LlamaConfig(model=str(path)), None)
+    load = partial(convert_llama.load, LlamaConfig(model=str(path)))
+    loaded, read = load(transformers.AutoModelForCausalLM, dtype=torch.float32), load(transformers.AutoTokenizer)
     torch.testing.assert_close(logits(loaded, some_ids()), logits(model, some_ids()))
     assert loaded.dtype == torch.float32 and read("Ann: Hi").input_ids == tokenizer("Ann: Hi").input_ids
     whole = path.read_bytes()
     for damaged in (whole[:100], whole[:3000], whole[:-1000], b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="no Llama with a tokenizer at --model .*x.gguf: give a folder"):
-            convert_llama.load(LlamaConfig(model=str(path)), None)
+            load(transformers.AutoModelForCausalLM)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="x.gguf is read with gguf: pip install -r requirements-experiments.txt"):
+        load(transformers.AutoTokenizer)
+
+
+@pytest.mark.parametrize("flag", ["--data", "--text", "--distill-text", "--lora-text"])
+def test_a_missing_file_is_told_before_the_model_is_read(flag, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
+                        lambda *args, **kwargs: pytest.fail("reads the model first"))
+    with pytest.raises(ValueError, match=flag):
+        convert_llama.main(parse(folder, tmp_path / "rows.json", f"{flag} {tmp_path}/nowhere"))
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch, capsys):
@@ -927,6 +967,8 @@ def test_a_text_may_be_learned_before_the_summaries(folder, tmp_path):
     ("--model {tmp}/nothing.gguf", "no Llama with a tokenizer at .*nothing.gguf"),
     ("--model {tmp}", "give a folder with config.json, a .gguf file or a name on the hub"),
     ("--data {tmp}/nowhere", "nowhere has to hold SAMSum's test split"),
+    ("--out {tmp}/rows.txt", "rows.txt must end in .json"),
+    ("--out /dev/null/rows.json", "cannot write --out /dev/null/rows.json: choose another"),
     ("--max-length 0", "--max-length must be at least 1"),
     ("--limit -1", "--limit must be at least 0"),
     ("--hybrid-window -1", "--hybrid-window must be at least 0"),
