@@ -21,6 +21,8 @@ import lzma
 import os
 import platform
 import re
+import shutil
+import signal
 import sys
 import tempfile
 import urllib.parse
@@ -30,6 +32,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -38,6 +41,11 @@ from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                                # Windows: no locks
+    fcntl = None
 
 CHUNK = 1 << 20                                    # bytes read at once, and characters in a piece to tokenize
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)      # past that, Python's interpreter lock sets the pace
@@ -198,6 +206,42 @@ def pieces(chunks, size=CHUNK):
 
 # ---------------------------------------------------------------- tokens, into a folder
 
+@contextmanager
+def lock_folder(out, wait=False):
+    """Hold the folder: two runs that write to one would spoil each other without a word. On one machine, that is."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            flock(folder, out, wait)
+        yield
+    finally:
+        if fcntl:
+            os.close(folder)
+
+
+def flock(folder, out, wait):
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise InputError(f"another run is writing to {out}: wait for it, or choose another --out") from None
+        print(f"another run is writing to {out}: waiting for it", file=sys.stderr)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+    except OSError:                                # a file system without locks
+        pass
+
+
+@contextmanager
+def temporary_folder(out_dir):
+    """A folder inside of out_dir, which is held."""
+    with lock_folder(out_dir, wait=True):
+        for stale in out_dir.glob(".prepare-*"):   # of a run that was killed
+            shutil.rmtree(stale)
+        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as temporary:
+            yield temporary
+
+
 def encode_piece(tokenizer, text):
     return np.array(tokenizer.encode(text), "<u2"), len(text.encode()), len(text.split()), text.count("\n")
 
@@ -228,8 +272,7 @@ def prepare(texts, out_dir, tokenizer, sources=(), valid_fraction=0.1, workers=D
 
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "unit": tokenizer.unit,
             "tokens": {}, "bytes": {}, "words": {}, "lines": {}, "sha256": {}, "sources": list(sources)}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with (tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as temporary,
+    with (temporary_folder(out_dir) as temporary,
           tqdm(desc="tokenize", total=sum(n for n, _ in sizes.values()), unit="B", unit_scale=True,
                disable=None) as bar,
           ThreadPoolExecutor(workers) as pool):    # threads are enough: tiktoken releases the interpreter lock
@@ -440,4 +483,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C does, leave nothing half done
     sys.exit(main())

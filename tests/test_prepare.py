@@ -10,6 +10,8 @@ import lzma
 import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -62,7 +64,7 @@ def tokens_of(folder, split):
 
 
 def contents_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -290,6 +292,38 @@ def test_a_failure_halfway_keeps_the_earlier_folder_and_leaves_nothing_behind(
     assert prepare.main([str(book), "--out", str(out)]) == code
     assert message in capsys.readouterr().err
     assert contents_of(out) == before
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sigterm_leaves_nothing_behind_and_what_kill_9_left_goes_with_the_next_run(book, tmp_path):
+    long, out = tmp_path / "long.txt", tmp_path / "out"
+    long.write_text(PROSE * 2000)                  # 30 MB, which take seconds
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)):
+        left = set(out.glob(".prepare-*"))
+        run = subprocess.Popen([sys.executable, prepare.__file__, long, "--out", out], stderr=subprocess.DEVNULL)
+        wait_for(lambda left=left: set(out.glob(".prepare-*")) - left)
+        run.send_signal(number)
+        assert run.wait() == code
+        assert len(contents_of(out)) == (code != 130)
+    (out / ".prepare-killed").mkdir()
+    assert prepare.main([str(book), "--out", str(out)]) == 0
+    assert sorted(contents_of(out)) == ["meta.json", "train.bin", "valid.bin"]
+
+
+def test_a_second_run_in_the_same_folder_waits_for_the_first(book, tmp_path, capsys):
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(1) as pool:
+        with prepare.lock_folder(out):
+            second, heard = pool.submit(prepare.main, [str(book), "--out", str(out)]), []
+            wait_for(lambda: second.done() or heard.append(capsys.readouterr().err) or "waiting" in heard[-1])
+            assert not second.done() and not contents_of(out)
+        assert second.result() == 0
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_with_a_remedy(book, capsys):
