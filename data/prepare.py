@@ -423,10 +423,17 @@ def wikitext103_fault(zip_path):
 
 
 def prepare_wikitext103(out_dir, tokenizer, given_zip=None, **options):
+    """tokenizer: its name, so that a machine without a network is told of all that it lacks at once."""
     zip_path = given_zip or Path(out_dir, "wikitext-103-raw-v1.zip")
+    elsewhere = f"get {WIKITEXT103_MIRRORS[0]} elsewhere and put it at {zip_path} or name it with --zip FILE"
+    try:
+        tokenizer = load_tokenizer(tokenizer)
+    except InputError as error:
+        if zip_path.exists():
+            raise
+        raise InputError(f"{error}\nThe text is not here either: without a network, {elsewhere}") from error
     if given_zip is None:
-        download(WIKITEXT103_MIRRORS, zip_path, lambda part: not wikitext103_fault(part),
-                 f"get {WIKITEXT103_MIRRORS[0]} elsewhere and put it at {zip_path} or name it with --zip FILE")
+        download(WIKITEXT103_MIRRORS, zip_path, lambda part: not wikitext103_fault(part), elsewhere)
     zip_source = source(zip_path)
     print(f"{zip_path}: sha256 {zip_source['sha256']}")
     expected_tokens = WIKITEXT103_GPT2_TOKENS if tokenizer.name == "gpt2" else None
@@ -481,15 +488,14 @@ def main(arguments=None):
     config = parse(arguments)
     options = {"workers": config.workers, "valid_fraction": config.valid_fraction}
     try:
-        tokenizer = load_tokenizer(config.tokenizer)
-        if config.built_in == "pydoc":
-            meta = prepare_pydoc(config.out, tokenizer, **options)
-        elif config.built_in == "wikitext103":
-            meta = prepare_wikitext103(config.out, tokenizer, config.zip, **options)
+        if config.built_in == "wikitext103":
+            meta = prepare_wikitext103(config.out, config.tokenizer, config.zip, **options)
+        elif config.built_in == "pydoc":
+            meta = prepare_pydoc(config.out, load_tokenizer(config.tokenizer), **options)
         else:
             files = {"train": [Path(name) for name in config.texts], "valid": [config.valid], "test": [config.test]}
             files = {split: paths for split, paths in files.items() if paths[0]}
-            meta = prepare_files(files, config.out, tokenizer, **options)
+            meta = prepare_files(files, config.out, load_tokenizer(config.tokenizer), **options)
     except InputError as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2

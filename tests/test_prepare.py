@@ -217,10 +217,24 @@ def test_an_unknown_tokenizer_is_told_the_choices(book, capsys):
     assert "bytes" in capsys.readouterr().err
 
 
-def test_an_unreachable_vocabulary_says_which_files_to_put_where(book, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def no_vocabulary(monkeypatch):
     def get_encoding(name):
         raise ConnectionError("Name or service not known")
     monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=get_encoding))
+
+
+def test_wikitext103_without_a_network_tells_of_the_vocabulary_and_the_zip_at_once(no_vocabulary, tmp_path, capsys):
+    path = tmp_path / "wikitext-103-raw-v1.zip"
+    for there in (False, True):
+        assert prepare_wikitext103(tmp_path) == 2
+        message = capsys.readouterr().err
+        assert "TIKTOKEN_CACHE_DIR" in message
+        assert (f"get {prepare.WIKITEXT103_MIRRORS[0]} elsewhere and put it at {path}" in message) == (not there)
+        path.touch()
+
+
+def test_an_unreachable_vocabulary_says_which_files_to_put_where(no_vocabulary, book, tmp_path, capsys):
     assert prepare.main([str(book), "--tokenizer", "gpt2", "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     for url_end in ("vocab.bpe", "encoder.json"):
