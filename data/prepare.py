@@ -49,6 +49,11 @@ except ImportError:                                # Windows: no locks
 CHUNK = 1 << 20                                    # bytes read at once, and characters in a piece to tokenize
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)      # past that, Python's interpreter lock sets the pace
 SPLITS = ("train", "valid", "test")
+KINDS = {                                          # by how a file begins that is not UTF-8
+    b"\xfd7zX": "is compressed: let its name end in .xz", b"\x1f\x8b": "is compressed: let its name end in .gz",
+    b"BZh": "is compressed: let its name end in .bz2", b"PK\3\4": "is a zip or an office document: give the text in it",
+    b"\xff\xfe": "is UTF-16: convert it first with iconv -f utf-16 -t utf-8",
+    b"\xfe\xff": "is UTF-16: convert it first with iconv -f utf-16 -t utf-8"}
 DECOMPRESSORS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 # Neither was tried by us; both were reported alive in mid-2026. The zip's own sha256 is not known to us, but these are:
@@ -123,24 +128,26 @@ class Text:
 
 
 def text_file(path):
-    return Text(str(path), partial(DECOMPRESSORS.get(path.suffix, open), path, "rb"))
+    return Text(str(path), partial(DECOMPRESSORS.get(path.suffix.lower(), open), path, "rb"))
 
 
 def read(texts):
     """Yield the characters of all texts, about a megabyte at a time."""
     for text in texts:
-        decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+        decoder, offset, head = codecs.getincrementaldecoder("utf-8")(), 0, b""
         try:
             with text.open() as stream:
                 while chunk := stream.read(CHUNK):
+                    head = head or chunk[:4]
                     characters = decoder.decode(chunk)
                     yield characters.removeprefix("\ufeff") if offset == 0 else characters
                     offset += len(chunk)
                 decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             position = offset - len(decoder.getstate()[0]) + error.start
-            raise InputError(f"{text.name} is not UTF-8: the text breaks at byte {position}. Convert it first, for "
-                             f"instance with iconv -f latin1 -t utf-8") from error
+            kind = next((kind for magic, kind in KINDS.items() if head.startswith(magic)), "is not UTF-8: convert it "
+                        "first, for instance with iconv -f latin1 -t utf-8")
+            raise InputError(f"{text.name} {kind} (as UTF-8 it breaks at byte {position})") from error
         except (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
             raise InputError(f"{text.name} cannot be read, it may be damaged or cut short ({error}): "
                              f"get the file again") from error
@@ -461,13 +468,17 @@ def parse(arguments):
                         "its suffixes")
     parser.add_argument("--valid", type=Path, metavar="FILE", help="validation text; default: the end of the text")
     parser.add_argument("--test", type=Path, metavar="FILE", help="test text; default: none")
-    parser.add_argument("--valid-fraction", type=float, default=0.1, metavar="F", help="how much of the text is for "
-                        "validation when there is no --valid (default: %(default)s)")
+    parser.add_argument("--valid-fraction", type=float, metavar="F", help="how much of the text is for validation "
+                        "when there is no --valid (default: 0.1)")
     parser.add_argument("--workers", type=int, default=DEFAULT_WORKERS, metavar="N",
                         help="threads that tokenize (default: %(default)s)")
     parser.add_argument("--zip", type=Path, metavar="FILE", help="wikitext103: this zip instead of a download")
     config = parser.parse_args(arguments)
 
+    if config.valid_fraction is None:
+        config.valid_fraction = 0.1
+    elif config.valid or config.texts == ["wikitext103"]:
+        parser.error("the validation text is given: leave out --valid-fraction")
     if not 0 < config.valid_fraction < 1:
         parser.error("--valid-fraction must lie between 0 and 1")
     if config.workers < 1:

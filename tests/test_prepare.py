@@ -104,7 +104,7 @@ def test_the_default_folder_is_named_after_the_first_file(book, tmp_path, monkey
 
 def test_compressed_files_are_read_one_after_another_as_one_text(tmp_path):
     parts = [PROSE[:5000].encode(), PROSE[5000:9000].encode(), PROSE[9000:].encode()]
-    files = [tmp_path / "a.txt.xz", tmp_path / "b.gz", tmp_path / "c.bz2"]
+    files = [tmp_path / "a.txt.xz", tmp_path / "b.GZ", tmp_path / "c.bz2"]
     for path, part, module in zip(files, parts, (lzma, gzip, bz2)):
         path.write_bytes(module.compress(part))
     prepare.main([*map(str, files), "--out", str(tmp_path / "out")])
@@ -249,8 +249,14 @@ def test_an_unreachable_vocabulary_says_which_files_to_put_where(no_vocabulary, 
 @pytest.mark.parametrize("name, content, message", [
     ("missing.txt", None, "not a file"),
     ("empty.txt", b"", "is empty"),
-    ("latin1.txt", b"a line\n" * 10 + b"caf\xe9 au lait\n", "is not UTF-8: the text breaks at byte 73"),
-    ("half.txt", b"a line\n" * 10 + "é".encode()[:1], "is not UTF-8: the text breaks at byte 70"),
+    ("latin1.txt", b"a line\n" * 10 + b"caf\xe9 au lait\n", "-f latin1 -t utf-8 (as UTF-8 it breaks at byte 73)"),
+    ("half.txt", b"a line\n" * 10 + "é".encode()[:1], "-f latin1 -t utf-8 (as UTF-8 it breaks at byte 70)"),
+    ("xz.txt", lzma.compress(PROSE.encode()), "let its name end in .xz"),
+    ("gz", gzip.compress(PROSE.encode()), "let its name end in .gz"),
+    ("bz2.txt", bz2.compress(PROSE.encode()), "let its name end in .bz2"),
+    ("archive.zip", b"PK\3\4\x14\0\0\0\x08\0\xff", "give the text in it"),
+    ("windows.txt", PROSE.encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+    ("big-endian.txt", b"\xfe\xff" + PROSE.encode("utf-16-be"), "iconv -f utf-16 -t utf-8"),
     ("cut.xz", lzma.compress(PROSE.encode())[:-40], "get the file again"),
     ("wrong.xz", b"not compressed at all\n", "get the file again"),
     ("cut.gz", gzip.compress(PROSE.encode())[:-20], "get the file again"),
@@ -279,6 +285,8 @@ def test_a_bad_file_is_named_and_the_earlier_folder_survives(
     (["wikitext103", "--valid", "mine.txt"], "own splits"),
     (["mine.txt", "--zip", "wikitext.zip"], "wikitext103 only"),
     (["mine.txt", "--valid-fraction", "1"], "between 0 and 1"),
+    (["wikitext103", "--valid-fraction", "0.1"], "leave out --valid-fraction"),
+    (["mine.txt", "--valid", "mine.txt", "--valid-fraction", "0.2"], "leave out --valid-fraction"),
     (["mine.txt", "--workers", "0"], "at least 1"),
 ])
 def test_flags_that_would_be_ignored_are_refused(flags, message, capsys):
