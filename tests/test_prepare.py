@@ -475,6 +475,7 @@ def test_a_server_that_ignores_range_starts_the_file_again(mirror, tmp_path):
     mirror.cuts, mirror.honours_range = [5000], False
     assert prepare_wikitext103(tmp_path) == 0
     assert (tmp_path / "wikitext-103-raw-v1.zip").read_bytes() == made_zip()
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_part_longer_than_the_file_starts_again(mirror, tmp_path):
