@@ -38,12 +38,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: no locks
-    fcntl = None
-
-from data.prepare import load_tokenizer, prepare_pydoc
+from data.prepare import load_tokenizer, lock_folder, prepare_pydoc
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 
 HERE = Path(__file__).resolve().parent
@@ -617,29 +612,6 @@ def stop_if_not_finite(value, step, config):
         raise ValueError(f"the loss or its gradient is {value} at step {step}, learning rate "
                          f"{learning_rate(step, config):.2g}; the last checkpoint in {run_folder(config)} is good: "
                          "lower --lr or lengthen --warmup")
-
-
-@contextmanager
-def lock_folder(out):
-    """Hold the folder: two runs that write to one would spoil each other without a word. On one machine, that is."""
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            flock(folder, out)
-        yield
-    finally:
-        if fcntl:
-            os.close(folder)
-
-
-def flock(folder, out):
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
 
 
 def holding(f):

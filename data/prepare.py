@@ -12,7 +12,6 @@ streamed: memory does not grow with the text. Nothing is added to the text and n
 import argparse
 import bz2
 import codecs
-import errno
 import gzip
 import hashlib
 import io
@@ -21,6 +20,8 @@ import lzma
 import os
 import platform
 import re
+import shutil
+import signal
 import sys
 import tempfile
 import urllib.parse
@@ -30,6 +31,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -39,9 +41,19 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                                # Windows: no locks
+    fcntl = None
+
 CHUNK = 1 << 20                                    # bytes read at once, and characters in a piece to tokenize
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)      # past that, Python's interpreter lock sets the pace
 SPLITS = ("train", "valid", "test")
+KINDS = {                                          # by how a file begins that is not UTF-8
+    b"\xfd7zX": "is compressed: let its name end in .xz", b"\x1f\x8b": "is compressed: let its name end in .gz",
+    b"BZh": "is compressed: let its name end in .bz2", b"PK\3\4": "is a zip or an office document: give the text in it",
+    b"\xff\xfe": "is UTF-16: convert it first with iconv -f utf-16 -t utf-8",
+    b"\xfe\xff": "is UTF-16: convert it first with iconv -f utf-16 -t utf-8"}
 DECOMPRESSORS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 # Neither was tried by us; both were reported alive in mid-2026. The zip's own sha256 is not known to us, but these are:
@@ -50,6 +62,7 @@ WIKITEXT103_MIRRORS = (
     "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
     "https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main/wikitext-103-raw-v1.zip",
 )
+WIKITEXT103_MEMBERS = {split: f"wikitext-103-raw/wiki.{split}.raw" for split in SPLITS}
 WIKITEXT103_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 WIKITEXT103_GPT2_TOKENS = {"train": 117_920_140, "valid": 249_887, "test": 286_221}
 
@@ -115,24 +128,26 @@ class Text:
 
 
 def text_file(path):
-    return Text(str(path), partial(DECOMPRESSORS.get(path.suffix, open), path, "rb"))
+    return Text(str(path), partial(DECOMPRESSORS.get(path.suffix.lower(), open), path, "rb"))
 
 
 def read(texts):
     """Yield the characters of all texts, about a megabyte at a time."""
     for text in texts:
-        decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+        decoder, offset, head = codecs.getincrementaldecoder("utf-8")(), 0, b""
         try:
             with text.open() as stream:
                 while chunk := stream.read(CHUNK):
+                    head = head or chunk[:4]
                     characters = decoder.decode(chunk)
                     yield characters.removeprefix("\ufeff") if offset == 0 else characters
                     offset += len(chunk)
                 decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             position = offset - len(decoder.getstate()[0]) + error.start
-            raise InputError(f"{text.name} is not UTF-8: the text breaks at byte {position}. Convert it first, for "
-                             f"instance with iconv -f latin1 -t utf-8") from error
+            kind = next((kind for magic, kind in KINDS.items() if head.startswith(magic)), "is not UTF-8: convert it "
+                        "first, for instance with iconv -f latin1 -t utf-8")
+            raise InputError(f"{text.name} {kind} (as UTF-8 it breaks at byte {position})") from error
         except (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
             raise InputError(f"{text.name} cannot be read, it may be damaged or cut short ({error}): "
                              f"get the file again") from error
@@ -198,6 +213,25 @@ def pieces(chunks, size=CHUNK):
 
 # ---------------------------------------------------------------- tokens, into a folder
 
+@contextmanager
+def lock_folder(out, wait=False):
+    """Hold the folder: two runs that write to one would spoil each other without a word. On one machine, that is."""
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if fcntl:
+            stack.callback(os.close, folder := os.open(out, os.O_RDONLY))
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise InputError(f"another run is writing to {out}: wait for it, or choose another --out") from None
+                print(f"another run is writing to {out}: waiting for it", file=sys.stderr)
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            except OSError:                        # a file system without locks
+                pass
+        yield
+
+
 def encode_piece(tokenizer, text):
     return np.array(tokenizer.encode(text), "<u2"), len(text.encode()), len(text.split()), text.count("\n")
 
@@ -228,11 +262,14 @@ def prepare(texts, out_dir, tokenizer, sources=(), valid_fraction=0.1, workers=D
 
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "unit": tokenizer.unit,
             "tokens": {}, "bytes": {}, "words": {}, "lines": {}, "sha256": {}, "sources": list(sources)}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with (tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as temporary,
+    with (lock_folder(out_dir, wait=True),
+          tempfile.TemporaryDirectory(prefix=".prepare-", dir=out_dir) as temporary,
           tqdm(desc="tokenize", total=sum(n for n, _ in sizes.values()), unit="B", unit_scale=True,
                disable=None) as bar,
           ThreadPoolExecutor(workers) as pool):    # threads are enough: tiktoken releases the interpreter lock
+        for folder in out_dir.glob(".prepare-*"):
+            if not folder.samefile(temporary):     # of a run that was killed
+                shutil.rmtree(folder)
         for split in sorted(streams, key=SPLITS.index):
             counts, digest, name = np.zeros(4, np.int64), hashlib.sha256(), f"{split}.bin"
             with open(Path(temporary, name), "wb") as file:
@@ -250,7 +287,7 @@ def prepare(texts, out_dir, tokenizer, sources=(), valid_fraction=0.1, workers=D
                                  f"--valid-fraction that leaves a line end on both sides, or --valid FILE")
         if expected_tokens and meta["tokens"] != expected_tokens:
             raise InputError(f"token counts {meta['tokens']} differ from the published {expected_tokens}: "
-                             f"this is another version of the text, get the original")
+                             f"this is another version of the text")
         Path(temporary, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
         # Stopped between here and the end, the folder has no meta.json rather than one of other tokens.
@@ -297,80 +334,121 @@ def prepare_pydoc(out_dir, tokenizer=None, **options):
     return prepare({"train": [text]}, out_dir, tokenizer or load_tokenizer("bytes"), sources, **options)
 
 
-def fetch(url, part, is_whole):
-    """One request for what `part` still lacks of the file at url."""
-    start = part.stat().st_size if part.exists() else 0
-    headers = dict(USER_AGENT)
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
-        if response.status != 206:                 # the server ignores Range and sends everything
-            start = 0
-        length = response.headers["Content-Length"]
-        total = start + int(length) if length else None
-        with (open(part, "ab" if start else "wb") as file,
-              tqdm(desc=urllib.parse.urlsplit(url).hostname, initial=start, total=total, unit="B", unit_scale=True,
-                   disable=None) as bar):
+class NotDelivered(Exception):
+    """Why a mirror did not deliver. An OSError, in contrast, is of this machine: no space, or no rights."""
+
+
+def receive(url, start):
+    """One request for the file from byte `start` on. Yield where the answer begins and the file's size, then bytes."""
+    request = urllib.request.Request(url, headers=USER_AGENT | ({"Range": f"bytes={start}-"} if start else {}))
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            if response.headers.get_content_type() == "text/html":
+                raise NotDelivered("what came is a web page: this network may ask for a login in a browser")
+            if response.status != 206:             # the server ignores Range and sends everything
+                start = 0
+            length = response.headers["Content-Length"]
+            yield start, start + int(length) if length else None
             while chunk := response.read(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if total and part.stat().st_size < total:      # http.client reports a cut connection as an ordinary end
-        raise OSError(f"connection cut at {part.stat().st_size:,} of {total:,} bytes")
-    if not is_whole(part):
-        part.unlink()                              # or every later run would continue it
-        raise OSError("what came is another file, or a damaged one")
+                yield chunk
+    except (OSError, HTTPException, ValueError) as error:      # ValueError: of a header that makes no sense
+        if start and getattr(error, "code", None) == 416:      # nothing from there on: what is here is all, or too much
+            yield start, start
+        else:
+            raise NotDelivered(error) from error
+
+
+def size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def fetch(url, part, is_whole):
+    """Complete `part` and return the file's path. As long as each request brings something, and anew only once."""
+    restarted = False
+    while True:
+        before = size(part)
+        try:
+            chunks = receive(url, before)
+            start, total = next(chunks)
+            # What comes in place of the rest may be anything: the part is kept until that has proved whole.
+            path = part if start == before else part.with_suffix(".new.part")
+            with (open(path, "ab" if start else "wb") as file,
+                  tqdm(desc=urllib.parse.urlsplit(url).hostname, initial=start, total=total, unit="B",
+                       unit_scale=True, disable=None) as bar):
+                for chunk in chunks:
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            if total and size(path) < total:       # http.client reports a cut connection as an ordinary end
+                raise NotDelivered(f"connection cut at {size(path):,} of {total:,} bytes")
+            if is_whole(path):
+                return path
+            path.unlink()                          # or every later run would continue it
+            raise NotDelivered("what came is another file, or a damaged one")
+        except NotDelivered:
+            if before and not part.exists() and not restarted:
+                restarted = True
+            elif size(part) <= before:
+                raise
 
 
 def download(mirrors, path, is_whole, remedy):
     """The file at one of the urls, as `path`. is_whole(part) says whether a part is all of it, and as it should be."""
     failures = []
-    for url in mirrors:
-        # A part file for each mirror: nobody promises that their files are the same bytes.
-        part = path.with_name(f"{path.name}.{urllib.parse.urlsplit(url).netloc.replace(':', '-')}.part")
-        while not (part.exists() and is_whole(part)):
-            before = part.stat().st_size if part.exists() else 0
+    with lock_folder(path.parent, wait=True):
+        for url in mirrors:
+            if path.exists():                      # brought by the run that was waited for
+                break
+            # A part file for each mirror: nobody promises that their files are the same bytes.
+            part = path.with_name(f"{path.name}.{urllib.parse.urlsplit(url).netloc.replace(':', '-')}.part")
             try:
-                fetch(url, part, is_whole)
-            except (OSError, HTTPException) as error:
-                if getattr(error, "errno", None) == errno.ENOSPC:
-                    raise
-                if getattr(error, "code", None) == 416:    # the part is longer than the file: start again
-                    part.unlink()
-                elif not part.exists() or part.stat().st_size <= before:
-                    failures.append(f"{url}: {error}")
-                    break                          # an attempt that brought nothing; one that did is continued
+                os.replace(fetch(url, part, is_whole), path)
+                break
+            except NotDelivered as error:
+                failures.append(f"{url}: {error}")
         else:
-            os.replace(part, path)
-            return
-    raise InputError(f"no mirror delivered {path.name} ({'; '.join(failures)}). Run this again to continue, or "
-                     f"{remedy}")
+            raise InputError(f"no mirror delivered {path.name} ({'; '.join(failures)}). Run this again to continue, or "
+                             f"{remedy}")
+        for part in path.parent.glob(f"{path.name}.*.part"):
+            part.unlink()
 
 
-def prepare_wikitext103(out_dir, tokenizer, zip_path=None, **options):
-    out_dir = Path(out_dir)
-    if zip_path is None:
-        zip_path = out_dir / "wikitext-103-raw-v1.zip"
-        if not zip_path.exists():
-            out_dir.mkdir(parents=True, exist_ok=True)
-            download(WIKITEXT103_MIRRORS, zip_path, zipfile.is_zipfile, "get wikitext-103-raw-v1.zip elsewhere and put "
-                     f"it at {zip_path} or name it with --zip FILE")
+def wikitext103_fault(zip_path):
+    """What is wrong with the zip, or None."""
+    try:
+        with zipfile.ZipFile(zip_path) as archive:             # which checks the CRC of what is read to its end
+            digests = {split: sha256(archive.open(member)) for split, member in WIKITEXT103_MEMBERS.items()}
+    except Exception as error:                     # a damaged zip raises ten types of them
+        return f"is damaged or another archive ({error})"
+    if digests["test"] != WIKITEXT103_TEST_SHA256:
+        return f"holds a wiki.test.raw that is not the published one (its sha256 is {digests['test']})"
+    return None
+
+
+def prepare_wikitext103(out_dir, tokenizer, given_zip=None, **options):
+    """tokenizer: its name, so that a machine without a network is told of all that it lacks at once."""
+    zip_path = given_zip or Path(out_dir, "wikitext-103-raw-v1.zip")
+    elsewhere = f"get {WIKITEXT103_MIRRORS[0]} elsewhere and put it at {zip_path} or name it with --zip FILE"
+    try:
+        tokenizer = load_tokenizer(tokenizer)
+    except InputError as error:
+        if zip_path.exists():
+            raise
+        raise InputError(f"{error}\nThe text is not here either: without a network, {elsewhere}") from error
+    if given_zip is None:
+        download(WIKITEXT103_MIRRORS, zip_path, lambda part: not wikitext103_fault(part), elsewhere)
     zip_source = source(zip_path)
     print(f"{zip_path}: sha256 {zip_source['sha256']}")
-    try:
-        archive = zipfile.ZipFile(zip_path)
-        members = {split: archive.getinfo(f"wikitext-103-raw/wiki.{split}.raw") for split in SPLITS}
-        with archive.open(members["test"]) as stream:
-            test_sha256 = sha256(stream)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise InputError(f"{zip_path} is damaged or another archive ({error}): delete it and run this again") from error
-    if test_sha256 != WIKITEXT103_TEST_SHA256:
-        raise InputError(f"{zip_path} holds a wiki.test.raw that is not the published one (its sha256 is "
-                         f"{test_sha256}): delete the zip and get another copy")
-    texts = {split: [Text(f"{member.filename} in {zip_path}", partial(archive.open, member))]
-             for split, member in members.items()}
     expected_tokens = WIKITEXT103_GPT2_TOKENS if tokenizer.name == "gpt2" else None
-    with archive:
-        return prepare(texts, out_dir, tokenizer, [zip_source], expected_tokens=expected_tokens, **options)
+    try:
+        if fault := wikitext103_fault(zip_path):
+            raise InputError(f"{zip_path} {fault}")
+        with zipfile.ZipFile(zip_path) as archive:
+            texts = {split: [Text(f"{member} in {zip_path}", partial(archive.open, member))]
+                     for split, member in WIKITEXT103_MEMBERS.items()}
+            return prepare(texts, out_dir, tokenizer, [zip_source], expected_tokens=expected_tokens, **options)
+    except InputError as error:
+        remedy = "give another --zip" if given_zip else f"delete {zip_path} and run this again"
+        raise InputError(f"{error}: {remedy}") from error
 
 
 # ---------------------------------------------------------------- command line
@@ -385,13 +463,17 @@ def parse(arguments):
                         "its suffixes")
     parser.add_argument("--valid", type=Path, metavar="FILE", help="validation text; default: the end of the text")
     parser.add_argument("--test", type=Path, metavar="FILE", help="test text; default: none")
-    parser.add_argument("--valid-fraction", type=float, default=0.1, metavar="F", help="how much of the text is for "
-                        "validation when there is no --valid (default: %(default)s)")
+    parser.add_argument("--valid-fraction", type=float, metavar="F", help="how much of the text is for validation "
+                        "when there is no --valid (default: 0.1)")
     parser.add_argument("--workers", type=int, default=DEFAULT_WORKERS, metavar="N",
                         help="threads that tokenize (default: %(default)s)")
     parser.add_argument("--zip", type=Path, metavar="FILE", help="wikitext103: this zip instead of a download")
     config = parser.parse_args(arguments)
 
+    if config.valid_fraction is None:
+        config.valid_fraction = 0.1
+    elif config.valid or config.texts == ["wikitext103"]:
+        parser.error("the validation text is given: leave out --valid-fraction")
     if not 0 < config.valid_fraction < 1:
         parser.error("--valid-fraction must lie between 0 and 1")
     if config.workers < 1:
@@ -412,15 +494,14 @@ def main(arguments=None):
     config = parse(arguments)
     options = {"workers": config.workers, "valid_fraction": config.valid_fraction}
     try:
-        tokenizer = load_tokenizer(config.tokenizer)
-        if config.built_in == "pydoc":
-            meta = prepare_pydoc(config.out, tokenizer, **options)
-        elif config.built_in == "wikitext103":
-            meta = prepare_wikitext103(config.out, tokenizer, config.zip, **options)
+        if config.built_in == "wikitext103":
+            meta = prepare_wikitext103(config.out, config.tokenizer, config.zip, **options)
+        elif config.built_in == "pydoc":
+            meta = prepare_pydoc(config.out, load_tokenizer(config.tokenizer), **options)
         else:
             files = {"train": [Path(name) for name in config.texts], "valid": [config.valid], "test": [config.test]}
             files = {split: paths for split, paths in files.items() if paths[0]}
-            meta = prepare_files(files, config.out, tokenizer, **options)
+            meta = prepare_files(files, config.out, load_tokenizer(config.tokenizer), **options)
     except InputError as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
@@ -440,4 +521,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C does, leave nothing half done
     sys.exit(main())

@@ -10,6 +10,8 @@ import lzma
 import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -62,7 +64,7 @@ def tokens_of(folder, split):
 
 
 def contents_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_the_default_folder_is_named_after_the_first_file(book, tmp_path, monkey
 
 def test_compressed_files_are_read_one_after_another_as_one_text(tmp_path):
     parts = [PROSE[:5000].encode(), PROSE[5000:9000].encode(), PROSE[9000:].encode()]
-    files = [tmp_path / "a.txt.xz", tmp_path / "b.gz", tmp_path / "c.bz2"]
+    files = [tmp_path / "a.txt.xz", tmp_path / "b.GZ", tmp_path / "c.bz2"]
     for path, part, module in zip(files, parts, (lzma, gzip, bz2)):
         path.write_bytes(module.compress(part))
     prepare.main([*map(str, files), "--out", str(tmp_path / "out")])
@@ -215,10 +217,24 @@ def test_an_unknown_tokenizer_is_told_the_choices(book, capsys):
     assert "bytes" in capsys.readouterr().err
 
 
-def test_an_unreachable_vocabulary_says_which_files_to_put_where(book, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def no_vocabulary(monkeypatch):
     def get_encoding(name):
         raise ConnectionError("Name or service not known")
     monkeypatch.setitem(sys.modules, "tiktoken", types.SimpleNamespace(get_encoding=get_encoding))
+
+
+def test_wikitext103_without_a_network_tells_of_the_vocabulary_and_the_zip_at_once(no_vocabulary, tmp_path, capsys):
+    path = tmp_path / "wikitext-103-raw-v1.zip"
+    for there in (False, True):
+        assert prepare_wikitext103(tmp_path) == 2
+        message = capsys.readouterr().err
+        assert "TIKTOKEN_CACHE_DIR" in message
+        assert (f"get {prepare.WIKITEXT103_MIRRORS[0]} elsewhere and put it at {path}" in message) == (not there)
+        path.touch()
+
+
+def test_an_unreachable_vocabulary_says_which_files_to_put_where(no_vocabulary, book, tmp_path, capsys):
     assert prepare.main([str(book), "--tokenizer", "gpt2", "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     for url_end in ("vocab.bpe", "encoder.json"):
@@ -233,8 +249,14 @@ def test_an_unreachable_vocabulary_says_which_files_to_put_where(book, tmp_path,
 @pytest.mark.parametrize("name, content, message", [
     ("missing.txt", None, "not a file"),
     ("empty.txt", b"", "is empty"),
-    ("latin1.txt", b"a line\n" * 10 + b"caf\xe9 au lait\n", "is not UTF-8: the text breaks at byte 73"),
-    ("half.txt", b"a line\n" * 10 + "é".encode()[:1], "is not UTF-8: the text breaks at byte 70"),
+    ("latin1.txt", b"a line\n" * 10 + b"caf\xe9 au lait\n", "-f latin1 -t utf-8 (as UTF-8 it breaks at byte 73)"),
+    ("half.txt", b"a line\n" * 10 + "é".encode()[:1], "-f latin1 -t utf-8 (as UTF-8 it breaks at byte 70)"),
+    ("xz.txt", lzma.compress(PROSE.encode()), "let its name end in .xz"),
+    ("gz", gzip.compress(PROSE.encode()), "let its name end in .gz"),
+    ("bz2.txt", bz2.compress(PROSE.encode()), "let its name end in .bz2"),
+    ("archive.zip", b"PK\3\4\x14\0\0\0\x08\0\xff", "give the text in it"),
+    ("windows.txt", PROSE.encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+    ("big-endian.txt", b"\xfe\xff" + PROSE.encode("utf-16-be"), "iconv -f utf-16 -t utf-8"),
     ("cut.xz", lzma.compress(PROSE.encode())[:-40], "get the file again"),
     ("wrong.xz", b"not compressed at all\n", "get the file again"),
     ("cut.gz", gzip.compress(PROSE.encode())[:-20], "get the file again"),
@@ -263,6 +285,8 @@ def test_a_bad_file_is_named_and_the_earlier_folder_survives(
     (["wikitext103", "--valid", "mine.txt"], "own splits"),
     (["mine.txt", "--zip", "wikitext.zip"], "wikitext103 only"),
     (["mine.txt", "--valid-fraction", "1"], "between 0 and 1"),
+    (["wikitext103", "--valid-fraction", "0.1"], "leave out --valid-fraction"),
+    (["mine.txt", "--valid", "mine.txt", "--valid-fraction", "0.2"], "leave out --valid-fraction"),
     (["mine.txt", "--workers", "0"], "at least 1"),
 ])
 def test_flags_that_would_be_ignored_are_refused(flags, message, capsys):
@@ -292,6 +316,35 @@ def test_a_failure_halfway_keeps_the_earlier_folder_and_leaves_nothing_behind(
     assert contents_of(out) == before
 
 
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sigterm_leaves_nothing_behind_and_what_kill_9_left_goes_with_the_next_run(tmp_path):
+    long, out, left = tmp_path / "long.txt", tmp_path / "out", set()
+    long.write_text(PROSE * 2000)                  # 30 MB, which take seconds
+    for number, code in (signal.SIGKILL, -9), (signal.SIGTERM, 130):
+        run = subprocess.Popen([sys.executable, prepare.__file__, long, "--out", out], stderr=subprocess.DEVNULL)
+        wait_for(lambda: (now := set(out.glob("*"))) and not now & left)
+        left = set(out.glob("*"))
+        run.send_signal(number)
+        assert run.wait() == code
+    assert not contents_of(out)
+
+
+def test_a_second_run_in_the_same_folder_waits_for_the_first(book, tmp_path, capsys):
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(1) as pool:
+        with prepare.lock_folder(out):
+            second, heard = pool.submit(prepare.main, [str(book), "--out", str(out)]), []
+            wait_for(lambda: second.done() or heard.append(capsys.readouterr().err) or "waiting" in heard[-1])
+            assert not second.done() and not contents_of(out)
+        assert second.result() == 0
+
+
 def test_a_folder_that_cannot_be_made_is_an_error_with_a_remedy(book, capsys):
     assert prepare.main([str(book), "--out", str(book)]) == 2
     assert "--out" in capsys.readouterr().err
@@ -306,6 +359,7 @@ def test_a_test_split_of_an_earlier_text_does_not_stay(book, tmp_path):
 
 # ---------------------------------------------------------------- WikiText-103, from a server on this machine
 
+PAGE = b"<html>Log in to this network.</html>"
 SPLIT_TEXTS = {split: PROSE + f"the {split} split\n" for split in prepare.SPLITS}
 
 
@@ -323,10 +377,16 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         server = self.server
         server.requests.append((self.path, self.headers["Range"], self.headers["User-Agent"]))
         content = server.files.get(self.path)
+        if self.headers["Range"] and server.answer_to_range:
+            content = server.answer_to_range
         if isinstance(content, str):
-            self.send_response(302)
-            self.send_header("Location", content)
-            return self.end_headers()
+            content = 302, {"Location": content}, b""
+        if isinstance(content, tuple):
+            self.send_response(content[0])
+            for header in content[1].items():
+                self.send_header(*header)
+            self.end_headers()
+            return self.wfile.write(content[2])
         if content is None:
             return self.send_error(404)
         start = 0
@@ -348,6 +408,7 @@ def mirror(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
     server.files, server.requests, server.cuts, server.honours_range = {"/wikitext.zip": made_zip()}, [], [], True
+    server.answer_to_range = None
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(prepare, "WIKITEXT103_MIRRORS", (f"{server.address}/wikitext.zip",))
@@ -362,6 +423,10 @@ def mirror(monkeypatch):
 
 def prepare_wikitext103(out, *flags):
     return prepare.main(["wikitext103", "--out", str(out), *flags])
+
+
+def part_of(mirror, out):
+    return out / f"wikitext-103-raw-v1.zip.127.0.0.1-{mirror.server_port}.part"
 
 
 def test_wikitext103_is_downloaded_checked_and_tokenized(mirror, tmp_path, capsys):
@@ -410,21 +475,93 @@ def test_a_server_that_ignores_range_starts_the_file_again(mirror, tmp_path):
     mirror.cuts, mirror.honours_range = [5000], False
     assert prepare_wikitext103(tmp_path) == 0
     assert (tmp_path / "wikitext-103-raw-v1.zip").read_bytes() == made_zip()
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_part_longer_than_the_file_starts_again(mirror, tmp_path):
-    part = tmp_path / f"wikitext-103-raw-v1.zip.127.0.0.1-{mirror.server_port}.part"
-    part.write_bytes(b"x" * 1_000_000)
+    part_of(mirror, tmp_path).write_bytes(b"x" * 1_000_000)
     assert prepare_wikitext103(tmp_path) == 0
 
 
-def test_the_second_mirror_serves_when_the_first_is_dead_or_sends_a_page(mirror, tmp_path, monkeypatch):
-    mirror.files["/moved"] = b"<html>This page has moved.</html>"
-    urls = ("http://127.0.0.1:9/refused.zip", f"{mirror.address}/gone.zip", f"{mirror.address}/moved",
-            f"{mirror.address}/wikitext.zip")
+def test_a_part_that_was_whole_already_is_used(mirror, tmp_path):
+    part_of(mirror, tmp_path).write_bytes(made_zip())
+    assert prepare_wikitext103(tmp_path) == 0
+    assert [sent_range for _, sent_range, _ in mirror.requests] == [f"bytes={len(made_zip())}-"]
+
+
+def test_a_part_of_another_version_of_the_file_starts_again(mirror, tmp_path):
+    part_of(mirror, tmp_path).write_bytes(made_zip({**SPLIT_TEXTS, "train": PROSE.upper()})[:5000])
+    assert prepare_wikitext103(tmp_path) == 0
+    assert [sent_range for _, sent_range, _ in mirror.requests] == ["bytes=5000-", None]
+
+
+@pytest.mark.parametrize("headers", [{"Content-Type": "text/html; charset=utf-8"}, {}])
+@pytest.mark.parametrize("page", [PAGE, PAGE * 1000])
+def test_a_login_page_in_place_of_the_rest_does_not_cost_the_part(headers, page, mirror, tmp_path, capsys):
+    part = part_of(mirror, tmp_path)
+    part.write_bytes(made_zip()[:20_000])
+    mirror.answer_to_range = 200, headers | {"Content-Length": str(len(page))}, page
+    assert prepare_wikitext103(tmp_path) == 2
+    assert ("web page" if headers else "another file") in capsys.readouterr().err
+    assert contents_of(tmp_path) == {part.name: made_zip()[:20_000]}
+    mirror.answer_to_range = None
+    assert prepare_wikitext103(tmp_path) == 0
+    assert mirror.requests[-1][1] == "bytes=20000-"
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_server_that_cuts_and_refuses_to_continue_is_given_up(mirror, tmp_path):
+    mirror.cuts, mirror.answer_to_range = [5000] * 9, (416, {}, b"")
+    assert prepare_wikitext103(tmp_path) == 2
+    assert [sent_range for _, sent_range, _ in mirror.requests] == [None, "bytes=5000-"] * 2
+
+
+def test_two_downloads_to_one_place_are_one(mirror, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(prepare_wikitext103, [tmp_path] * 2)) == [0, 0]
+    assert len(mirror.requests) == 1
+
+
+def test_a_place_that_cannot_be_written_to_is_not_the_mirrors_fault(mirror, tmp_path, capsys):
+    part_of(mirror, tmp_path).mkdir()
+    assert prepare_wikitext103(tmp_path) == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def encrypted(data):
+    """Says so, which is what Python looks at."""
+    return data.replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1").replace(b"PK\3\4\x14\0\0", b"PK\3\4\x14\0\1")
+
+
+def with_method_99(data):
+    return data.replace(b"PK\1\2\x14\3\x14\0\0\0\0", b"PK\1\2\x14\3\x14\0\0\0\x63")
+
+
+def flipped(data, position):
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1:]
+
+
+BAD_ZIPS = {
+    "another test split": (made_zip({**SPLIT_TEXTS, "test": PROSE}), "not the published one"),
+    "a lacking split": (made_zip({"test": SPLIT_TEXTS["test"]}), "another archive"),
+    "a damaged training split": (flipped(made_zip(), 5000), "Bad CRC-32 for file 'wikitext-103-raw/wiki.train.raw'"),
+    "a damaged test split": (flipped(made_zip(), made_zip().index(b"the test split")), "is damaged"),
+    "encrypted": (encrypted(made_zip()), "is encrypted"),
+    "another method": (with_method_99(made_zip()), "compression"),
+    "no zip": (b"not a zip", "is damaged"),
+}
+
+
+@pytest.mark.parametrize("bad", [
+    *(pytest.param(data, id=name) for name, (data, _) in BAD_ZIPS.items()), (416, {}, b""), "http://[nowhere",
+    (200, {"Content-Length": "much", "Content-Type": "text/html"}, PAGE), (206, {"Content-Length": "1, 2"}, b"zip")])
+def test_the_second_mirror_serves_when_the_first_sends_anything_else(bad, mirror, tmp_path, monkeypatch):
+    mirror.files["/bad"] = bad
+    urls = ("http://127.0.0.1:9/refused.zip", *(f"{mirror.address}/{name}" for name in ("gone", "bad", "wikitext.zip")))
     monkeypatch.setattr(prepare, "WIKITEXT103_MIRRORS", urls)
     assert prepare_wikitext103(tmp_path) == 0
-    assert [path for path, _, _ in mirror.requests] == ["/gone.zip", "/moved", "/wikitext.zip"]
+    assert [path for path, _, _ in mirror.requests] == ["/gone", "/bad", "/wikitext.zip"]
+    assert (tmp_path / "wikitext-103-raw-v1.zip").read_bytes() == made_zip()
 
 
 def test_without_a_network_the_message_says_which_file_to_put_where(mirror, tmp_path, monkeypatch, capsys):
@@ -437,22 +574,16 @@ def test_without_a_network_the_message_says_which_file_to_put_where(mirror, tmp_
     assert prepare_wikitext103(tmp_path) == 0
 
 
-def flipped(data, position):
-    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1:]
-
-
 @pytest.mark.parametrize("data, message", [
-    (made_zip({**SPLIT_TEXTS, "test": PROSE}), "not the published one"),
-    (made_zip({**SPLIT_TEXTS, "train": PROSE}), "differ from the published"),
-    (made_zip({"test": SPLIT_TEXTS["test"]}), "another archive"),
-    (flipped(made_zip(), 5000), "cannot be read"),
-    (flipped(made_zip(), made_zip().index(b"the test split")), "is damaged"),
-    (b"not a zip", "is damaged"),
-])
-def test_a_tampered_zip_is_refused_and_nothing_is_written(data, message, mirror, tmp_path, capsys):
-    copy, out = tmp_path / "copy.zip", tmp_path / "out"
-    copy.write_bytes(data)
-    assert prepare_wikitext103(out, "--zip", str(copy)) == 2
-    assert message in capsys.readouterr().err
-    assert not out.exists() or not contents_of(out)
+    *BAD_ZIPS.values(), (made_zip({**SPLIT_TEXTS, "train": PROSE}), "differ from the published")])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_bad_zip_in_place_is_refused_and_nothing_is_written(data, message, given, mirror, tmp_path, capsys):
+    out = tmp_path / "out"
+    path = tmp_path / "copy.zip" if given else out / "wikitext-103-raw-v1.zip"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    assert prepare_wikitext103(out, *(["--zip", str(path)] if given else [])) == 2
+    error = capsys.readouterr().err
+    assert message in error and ("give another --zip" if given else f"delete {path} and run this again") in error
+    assert not out.exists() or set(contents_of(out)) <= {path.name}
     assert mirror.requests == []
