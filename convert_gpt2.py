@@ -41,9 +41,9 @@ MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 @dataclass
 class ConvertConfig:
     preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "wikitext103-fast", "gpt2"))
-    teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json, and a "
-                       "model.safetensors.sha256 if the weights are to be checked; a run or .pt file of train_gpt.py. "
-                       "Empty: runs/tiny-softmax, trained if it is not there")
+    teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json, and a .sha256 beside "
+                       "each that is to be checked; a run or .pt file of train_gpt.py, or a conversion. Empty: "
+                       "runs/tiny-softmax, trained if it is not there")
     attention: str = opt("hedgehog", "the feature map, of Hedgehog's two hedgehog_exp is the better; softmax: only "
                          "finetune the teacher", ATTENTIONS)
     data: str = opt("", "folder made by data/prepare.py; empty: that of a --teacher of train_gpt.py, else data/pydoc")

@@ -714,6 +714,8 @@ def test_an_exported_model_is_read_back_to_the_last_bit(tmp_path, options):
     said = json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"]  # what transformers goes by
     assert said == ("gpt2" if plain else "hedgehog_gpt2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exported"]
+    assert sorted(p.name for p in (tmp_path / "exported").iterdir()) == [
+        name + end for name in ("config.json", "model.safetensors") for end in ("", ".sha256")]
 
 
 def test_an_exported_softmax_model_is_a_teacher_and_a_linear_one_is_not(command, tmp_path):
@@ -825,6 +827,11 @@ def tamper(folder):
     change_tensors(lambda tensors: tensors["wte.weight"].add_(1))(folder)
 
 
+def tamper_config(folder):
+    gpt2_weights.save_sha256(folder / "config.json")
+    change_config(n_head=4)(folder)  # which fits every shape
+
+
 def transpose(tensors):
     tensors["h.1.mlp.c_fc.weight"] = tensors["h.1.mlp.c_fc.weight"].T.contiguous()
 
@@ -839,6 +846,7 @@ BAD_FOLDERS = {
     "cut": (cut, "truncated or no safetensors file.*get it again"),
     "not safetensors": (lambda f: (f / "model.safetensors").write_text("<html>"), "truncated or no safetensors file"),
     "tampered": (tamper, "not the file that model.safetensors.sha256"),
+    "a tampered config": (tamper_config, "config.json is not the file that config.json.sha256 beside it tells of"),
     "missing": (change_tensors(lambda t: t.pop("h.0.ln_1.bias")),
                 r"missing: transformer\.h\.0\.ln_1\.bias; left over: none"),
     "left over": (change_tensors(lambda t: t.update(extra=torch.zeros(1))),
@@ -934,6 +942,16 @@ def test_gpt2_is_downloaded_once_in_pieces_and_converted(hub, command, tmp_path,
     hub.files = {}
     assert torch.equal(convert_gpt2.load_teacher(ConvertConfig(teacher="gpt2-medium"))[0].lm_head.weight,
                        hub_folder[1].lm_head.weight)
+
+
+def test_a_file_whose_record_was_not_written_gets_it_at_the_next_use(hub, monkeypatch, tmp_path):
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(gpt2_weights, "save_sha256", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        gpt2_weights.download_teacher("gpt2")
+    folder = tmp_path / "here/data/gpt2"
+    assert [p.name for p in folder.iterdir()] == ["config.json"]
+    gpt2_weights.download_teacher("gpt2")
+    assert {p.name for p in folder.iterdir()} == {name + end for name in hub.files for end in ("", ".sha256")}
 
 
 def test_a_download_that_is_not_what_the_hub_announced_is_refused_and_leaves_no_file(hub, command, tmp_path):
