@@ -776,7 +776,7 @@ def build(config, meta, device, model=None):
         model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
     if config.lora_rank:
         add_lora(model, config.lora_rank)
-    model = model.to(device)
+    model = model.to(device).train()
     optimizer = make_optimizer(model, config, device)
     if not config.resume:
         return model, optimizer, dict(step=0, best=math.inf, loss_sum=0.0, loss_count=0, seconds=0.0)

@@ -491,6 +491,14 @@ def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch, name
     assert [[r[k] for k in keys] for r in a] == [[r[k] for k in keys] for r in b]
 
 
+def test_dropout_is_on_while_finetuning_a_distilled_model(command, tmp_path, monkeypatch):
+    training, real = [], train_gpt.train_step
+    monkeypatch.setattr(train_gpt, "train_step", lambda model, *rest: training.append(model.training) or
+                        real(model, *rest))
+    command("--no-reference", "--dropout", "0.1")
+    assert training == 4 * [True]
+
+
 def test_two_conversions_do_not_write_to_one_folder(command, tmp_path):
     run = tmp_path / "table" / "hedgehog"
     for held in (run, run / "finetuned"):  # by another conversion; by `train_gpt.py --resume`
