@@ -455,12 +455,15 @@ class Results:
     def find(self, **values):
         return [row for row in self.rows if values.items() <= row.items()]
 
+    def change(self, change):
+        with lock_folder(self.path.parent, wait=True):
+            self.rows = change(self.read())  # a conversion beside this one may have added some
+            save_json(self.path, self.rows)
+
     def add(self, **row):
-        self.rows = self.read()  # a conversion beside this one may have added some
-        replaced = self.find(name=row["name"], stage=row["stage"], tokens=row["tokens"])
+        key = {k: row[k] for k in ("name", "stage", "tokens")}.items()
         row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device)
-        self.rows = [r for r in self.rows if r not in replaced] + [row]
-        save_json(self.path, self.rows)
+        self.change(lambda rows: [r for r in rows if not key <= r.items()] + [row])
         tqdm.write(f"{row['name']}, {row['stage']}: valid {row['valid_nats']:.4f} nats, "
                    f"perplexity {row['valid_ppl']:.2f}")
 

@@ -620,22 +620,22 @@ def stop_if_not_finite(value, step, config):
 
 
 @contextmanager
-def lock_folder(out):
+def lock_folder(out, wait=False):
     """Hold the folder: two runs that write to one would spoil each other without a word. On one machine, that is."""
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
-            flock(folder, out)
+            flock(folder, out, wait)
         yield
     finally:
         if fcntl:
             os.close(folder)
 
 
-def flock(folder, out):
+def flock(folder, out, wait):
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise ValueError(f"another run is writing to {out}: wait for it, or choose another --out") from None
     except OSError:  # a file system without locks

@@ -560,6 +560,18 @@ def test_conversions_that_run_side_by_side_keep_each_others_rows(tmp_path):
     assert [row["name"] for row in one.rows] == ["elu", "relu", "t2r"]
 
 
+def test_a_row_waits_until_another_conversion_has_written_its_own(tmp_path):
+    results = convert_gpt2.Results(tmp_path, CPU)
+    row = dict(name="elu", attention="elu", stage="swapped", tokens=0, valid_nats=1.0, valid_ppl=math.e)
+    adding = threading.Thread(target=lambda: results.add(**row))
+    with train_gpt.lock_folder(tmp_path):
+        adding.start()
+        adding.join(0.2)
+        assert adding.is_alive() and not results.path.exists()
+    adding.join()
+    assert [r["name"] for r in results.read()] == ["elu"]
+
+
 def test_maps_of_an_earlier_run_are_taken_over_and_measured_elsewhere(command, tmp_path):
     first = command("--no-reference", "--block-size", "16").find(stage="distilled")[0]
     path = str(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")
