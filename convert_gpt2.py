@@ -460,6 +460,9 @@ class Results:
             self.rows = change(self.read())  # a conversion beside this one may have added some
             save_json(self.path, self.rows)
 
+    def rename(self, old, new):
+        self.change(lambda rows: [r | dict(name=new) if r["name"] == old else r for r in rows])
+
     def add(self, **row):
         key = {k: row[k] for k in ("name", "stage", "tokens")}.items()
         row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device)
@@ -521,7 +524,7 @@ def convert(config, *, held):
     for row in results.find(**base):
         if abs(row["valid_nats"] - before["valid_nats"]) > 0.01:  # a GPU and a CPU differ by less
             raise ValueError(f"{folder} holds results of another teacher, text or block size: choose another --out")
-    start_run(folder / name, config, device, say, held)
+    start_run(folder / name, config, results, say, held)
     if not results.find(**base):
         results.add(**base, **before)
     n_tokens = config.steps * config.batch_size * stage2.block_size
@@ -592,15 +595,15 @@ def was_begun(config):
     return True
 
 
-def start_run(run, config, device, say, held):
+def start_run(run, config, results, say, held):
     there = run.exists()
     held.enter_context(lock_folder(run))
     if there and not config.resume:
         stage2 = run / "finetuned"  # which train_gpt.py --resume may be going on with
         with lock_folder(stage2) if stage2.exists() else nullcontext():
-            move_aside(run, say)
+            results.rename(run.name, move_aside(run, say).name)
         held.enter_context(lock_folder(run))
-    save_json(run / "config.json", dict(config=asdict(config), **provenance(device)))
+    save_json(run / "config.json", dict(config=asdict(config), **provenance(results.device)))
 
 
 if __name__ == "__main__":

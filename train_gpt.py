@@ -810,9 +810,11 @@ def start_folder(out, config, model, meta, device, say, held):
 
 
 def move_aside(out, say):
+    """Returns where it is now."""
     aside = next(p for i in range(1, 10 ** 6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
     out.rename(aside)
     say(f"{out} held an earlier run: it is now {aside}")
+    return aside
 
 
 def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second, about, world):

@@ -1082,12 +1082,14 @@ def test_results_of_another_teacher_are_not_mixed_in_and_other_flags_do_not_resu
         command("--resume")
 
 
-def test_an_earlier_conversion_is_moved_aside(command, tmp_path):
-    command("--no-reference", "--steps", "1")
-    command("--no-reference", "--steps", "1", "--seed", "1")
-    table, stages = tmp_path / "table", ["teacher", "swapped", "distilled", "finetuned"]
+def test_an_earlier_conversion_is_moved_aside_and_its_rows_with_it(command, tmp_path):
+    first = command("--no-reference", "--steps", "1").rows
+    rows = command("--no-reference", "--steps", "2", "--seed", "1").rows
+    table, stages = tmp_path / "table", ["swapped", "distilled", "finetuned"]
     assert json.loads((table / "hedgehog-1" / "config.json").read_text())["config"]["seed"] == 0
-    assert [r["stage"] for r in json.loads((table / "summary.json").read_text())] == stages
+    assert rows[:4] == [r | dict(name=r["name"].replace("hedgehog", "hedgehog-1")) for r in first]
+    assert [(r["name"], r["stage"]) for r in rows[4:]] == [("hedgehog", stage) for stage in stages]
+    assert [r["tokens"] for r in rows if r["stage"] == "finetuned"] == [128, 256]
 
 
 def test_a_teacher_of_train_gpt_needs_no_safetensors_and_an_export_says_that_it_does(command, monkeypatch, tmp_path):
