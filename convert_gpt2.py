@@ -27,7 +27,7 @@ from tqdm import tqdm
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
     MAY_CHANGE_ON_RESUME, Log, TrainConfig, check_least, cli, evaluate_splits, find_data, get_batch, holding,
-    interrupts, learning_rate, load_checkpoint, load_model, lock_folder, make_optimizer, move_aside, opt, parse_config,
+    interrupts, largest, learning_rate, load_checkpoint, load_model, lock_folder, make_optimizer, move_aside, opt, parse_config,
     peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json, stop_if_not_finite, train,
     write_atomically)
 from train_gpt import PRESETS as TRAIN_PRESETS
@@ -344,9 +344,9 @@ def load_maps(model, path):
     return checkpoint
 
 
-def distill(model, data, config, device, autocast, say, how="add --resume to the command"):
-    """Train the maps of `model`, in place, as `config` (a TrainConfig) says. Returns (seconds, final faithfulness).
-    `how` one goes on after Ctrl-C is what the caller knows.
+def distill(model, data, config, device, autocast, say, how="add --resume to the command", command=""):
+    """Train the maps of `model`, in place, as `config` (a TrainConfig) says. Returns the final faithfulness, and the
+    seconds and peak_gib that it took. `how` and `command` are those of `train`.
 
     Writes log.csv and last.pt, which holds the maps alone, into config.out.
     """
@@ -360,11 +360,13 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = checkpoint["state"]
     out.mkdir(parents=True, exist_ok=True)
-    about = provenance(device)
-    log = Log(out / "log.csv", state["step"], ("step", "tokens", "lr", "train_cross_entropy", *KINDS, "seconds", *about,
-                                               *(f"{kind}_{i}" for kind in KINDS for i in range(len(layers)))))
+    about = provenance(device, command)
+    log = Log(out / "log.csv", state["step"], (
+        "step", "tokens", "lr", "train_cross_entropy", *KINDS, "seconds", "peak_gib", *about,
+        *(f"{kind}_{i}" for kind in KINDS for i in range(len(layers)))))
 
     def save():
+        state["peak_gib"] = largest(state.get("peak_gib"), peak_gib(device))
         write_atomically(out / "last.pt", lambda f: torch.save(dict(
             model={name: p.detach() for name, p in maps_of(model).items()}, optimizer=optimizer.state_dict(),
             state=state, config=asdict(config), model_config=asdict(model.config), meta=data["meta"]), f))
@@ -380,7 +382,7 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
                 save()
                 log.write((step, step * config.batch_size * config.block_size, learning_rate(step, config),
                            state["loss_sum"] / max(1, state["loss_count"]), *means, state["seconds"],
-                           *about.values(), *(x for kind in KINDS for x in report[kind])))
+                           state["peak_gib"], *about.values(), *(x for kind in KINDS for x in report[kind])))
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
@@ -404,7 +406,7 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
                 say(f"stopped after step {step + 1}, saved: {how} to go on")
                 raise SystemExit(130)
     model.requires_grad_(True)
-    return state["seconds"], report
+    return report | dict(seconds=state["seconds"], peak_gib=state["peak_gib"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,10 +440,11 @@ def ratio(row, rows):
 
 class Results:
     """summary.json of --out: a row for each stage of each conversion, whatever run made it. Its seconds and peak_gib
-    are those of the training, and of the evaluation where nothing was trained (teacher and swapped)."""
+    are those of the training, and of the evaluation where nothing was trained (teacher and swapped); its command is the
+    one that began the conversion."""
 
     def __init__(self, folder, device):
-        self.path, self.device = folder / "summary.json", device
+        self.path, self.device, self.command, self.resumed = folder / "summary.json", device, "", 0
         self.rows = self.read()
 
     def read(self):
@@ -465,7 +468,8 @@ class Results:
 
     def add(self, **row):
         key = {k: row[k] for k in ("name", "stage", "tokens")}.items()
-        row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device)
+        row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device, self.command)
+        row["resumed"] = self.resumed
         self.change(lambda rows: [r for r in rows if not key <= r.items()] + [row])
         tqdm.write(f"{row['name']}, {row['stage']}: valid {row['valid_nats']:.4f} nats, "
                    f"perplexity {row['valid_ppl']:.2f}")
@@ -519,42 +523,44 @@ def convert(config, *, held):
 
     say(f"{name}: {config.teacher or 'the tiny softmax model'} with {config.attention} attention, on {why}")
     results, base = Results(folder, device), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
-    before = measure(teacher)
-    del teacher
-    for row in results.find(**base):
-        if abs(row["valid_nats"] - before["valid_nats"]) > 0.01:  # a GPU and a CPU differ by less
+    known, done = results.find(**base), {row["stage"] for row in results.find(name=name) if config.resume}
+    if not known or "finetuned" not in done:
+        before = measure(teacher)
+        if any(abs(row["valid_nats"] - before["valid_nats"]) > 0.01 for row in known):  # a GPU and a CPU differ by less
             raise ValueError(f"{folder} holds results of another teacher, text or block size: choose another --out")
+    del teacher
     start_run(folder / name, config, results, say, held)
-    if not results.find(**base):
+    if not known:
         results.add(**base, **before)
     n_tokens = config.steps * config.batch_size * stage2.block_size
     if config.reference and not is_plain(config) and config.steps and not references(results.rows, n_tokens):
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
         reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0, softmax_layers=0,
                             window=0, hybrid_window=0)
-        results = convert(replace(reference, resume=config.resume and was_begun(reference)))
+        results.rows = convert(replace(reference, resume=config.resume and was_begun(reference))).rows
 
     row = dict(name=name, attention=config.attention, short_conv=config.short_conv,
                softmax_layers=config.softmax_layers, window=config.window, hybrid_window=config.hybrid_window)
-    if config.attention != "softmax":
-        student, learns = student.to(device), bool(maps_of(student))
-        if not config.maps:
+    if config.attention != "softmax" and "finetuned" not in done:
+        student, tokens = student.to(device), stage1.steps * stage1.batch_size * stage1.block_size
+        if not config.maps and "swapped" not in done:
             kl = faithfulness(student, data["valid"], stage1, device, autocast)
             results.add(**row, stage="swapped", tokens=0, **measure(student), **kl)
-        if config.distill_steps and not learns:
+        if config.distill_steps and not maps_of(student):
             say(f"{config.attention} has no parameters that could be distilled: stage 1 is skipped")
+        elif "distilled" in done:
+            load_maps(student, Path(stage1.out) / "last.pt")
         elif config.distill_steps or config.maps:
             reset_peak(device)
-            seconds, kl = distill(student, data, stage1, device, autocast, say)
-            cost = dict(tokens=stage1.steps * stage1.batch_size * stage1.block_size, seconds=seconds,
-                        peak_gib=peak_gib(device))
-            results.add(**row, stage="distilled", **measure(student) | kl | cost)
-    reset_peak(device)
-    summary = train(stage2, student)
-    if config.steps:
-        kept = ("parameters", "tokens", "best_step", *before)
-        summary["seconds"] = summary["train_seconds"]
-        results.add(**row, stage="finetuned", **{k: summary[k] for k in kept})
+            found = distill(student, data, stage1, device, autocast, say, command=results.command)
+            results.add(**row, stage="distilled", tokens=tokens, **measure(student) | found)
+    if "finetuned" not in done:
+        reset_peak(device)
+        summary = train(stage2, student, command=results.command)
+        if config.steps:
+            kept = ("parameters", "tokens", "best_step", *before)
+            summary["seconds"] = summary["train_seconds"]
+            results.add(**row, stage="finetuned", **{k: summary[k] for k in kept})
     if config.export:
         gpt2_files().export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
         say(f"wrote {config.export}")
@@ -596,14 +602,16 @@ def was_begun(config):
 
 
 def start_run(run, config, results, say, held):
-    there = run.exists()
+    there, path = run.exists(), run / "config.json"
     held.enter_context(lock_folder(run))
     if there and not config.resume:
         stage2 = run / "finetuned"  # which train_gpt.py --resume may be going on with
         with lock_folder(stage2) if stage2.exists() else nullcontext():
             results.rename(run.name, move_aside(run, say).name)
         held.enter_context(lock_folder(run))
-    save_json(run / "config.json", dict(config=asdict(config), **provenance(results.device)))
+    first = json.loads(path.read_text()) if config.resume else provenance(results.device) | dict(resumed=-1)
+    results.command, results.resumed = first["command"], first.get("resumed", 0) + 1
+    save_json(path, first | dict(config=asdict(config), resumed=results.resumed))
 
 
 if __name__ == "__main__":

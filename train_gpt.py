@@ -485,8 +485,8 @@ def device_name(device):
     return f"Apple GPU of {cpu}" if device.type == "mps" else f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def provenance(device):
-    """What a result needs to be trusted: command, commit, versions, device."""
+def provenance(device, command=""):
+    """What a result needs to be trusted: command (default: this process'), commit, versions, device."""
     try:
         git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -496,7 +496,7 @@ def provenance(device):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nodes = f"--nnodes {world // local} " if world > local else ""
     start, devices = (f"torchrun {nodes}--nproc-per-node {local}", f"{world} x ") if world > 1 else ("python", "")
-    return dict(command=" ".join([start, *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
+    return dict(command=command or " ".join([start, *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
                 python=platform.python_version(), device=devices + device_name(device))
 
 
@@ -652,10 +652,11 @@ def holding(f):
 
 
 @holding
-def train(config, model=None, *, held):
+def train(config, model=None, how="add --resume to the command", command="", *, held):
     """Train, evaluate, save and sample as `config` says. Returns what is also written to summary.json.
 
-    model: the GPT to start from, of the shape that `config` says; default: a new one.
+    model: the GPT to start from, of the shape that `config` says; default: a new one. `how` one goes on after Ctrl-C,
+    and the `command` that began it all, are what a caller knows.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
     device, dtype, why = pick_device(config.device, config.dtype)
@@ -691,7 +692,7 @@ def train(config, model=None, *, held):
         for name in names[1:]:
             second_name(out / names[0], out / name)
 
-    first, about = state["step"], provenance(device)
+    first, about = state["step"], provenance(device, command)
     kept = first % config.eval_every > 0 and first < config.steps  # a finished run's last row is not written again
     log = Log(out / "log.csv", first + kept) if rank == 0 else None
     state.setdefault("commands", []).append(about["command"])
@@ -743,7 +744,7 @@ def train(config, model=None, *, held):
             if over_processes([len(received)], device, world)[0]:
                 settle(0)
                 save("last.pt")
-                say(f"stopped after step {step + 1}, saved: add --resume to the command to go on")
+                say(f"stopped after step {step + 1}, saved: {how} to go on")
                 raise SystemExit(130)
     summary = None
     if rank == 0:

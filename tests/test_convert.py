@@ -491,6 +491,48 @@ def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch, name
     assert [[r[k] for k in keys] for r in a] == [[r[k] for k in keys] for r in b]
 
 
+def test_a_resumed_conversion_tells_of_what_began_it_and_makes_no_row_again(command, tmp_path, monkeypatch):
+    def at(device, *flags):
+        monkeypatch.setattr(sys, "argv", ["convert_gpt2.py", *flags])
+        monkeypatch.setattr(train_gpt, "device_name", lambda _: device)
+
+    out, first = tmp_path / "table", "python convert_gpt2.py --first"
+    at("GPU", "--first")
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(convert_gpt2, "interrupts", lambda say: stop_after(1))
+        command("--no-reference")
+    swapped = json.loads((out / "summary.json").read_text())[1]
+    for path in (out / "hedgehog/distilled").iterdir():
+        path.unlink()  # as if it had been killed before its first checkpoint
+    at("CPU", "--resume")
+    rows = command("--resume").rows
+    assert [(r["stage"], r["command"], r["device"], r["resumed"]) for r in rows] == [
+        ("teacher", first, "GPU", 0), ("swapped", first, "GPU", 0), ("distilled", first, "CPU", 1),
+        ("finetuned", first, "CPU", 1)]
+    assert rows[1] == swapped                                            # to the last digit of its seconds
+    about = json.loads((out / "hedgehog/config.json").read_text())
+    assert (about["command"], about["device"], about["resumed"]) == (first, "GPU", 1)
+    stages = [out / "hedgehog" / stage for stage in ("distilled", "finetuned")]
+    assert all(row["command"] == first for stage in stages for row in log_rows(stage / "log.csv"))
+    assert json.loads((stages[1] / "summary.json").read_text())["command"] == first
+    before = {path: path.read_bytes() for path in [out / "summary.json", *(p for s in stages for p in s.iterdir())]}
+    at("laptop", "--resume", "--export")
+    for name in ("evaluate_splits", "imitate"):
+        monkeypatch.setattr(convert_gpt2, name, None)                    # nothing is measured
+    assert command("--resume", "--export", str(tmp_path / "exported")).rows == rows
+    assert {path: path.read_bytes() for path in before} == before and (tmp_path / "exported").exists()
+
+
+def test_peak_memory_of_a_distillation_is_that_of_its_steps_also_after_a_resumption(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_gpt2, "peak_gib", lambda device: 9.0)
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(convert_gpt2, "interrupts", lambda say: stop_after(6))
+        command("--no-reference")
+    monkeypatch.setattr(convert_gpt2, "peak_gib", lambda device: 1.0)    # of the evaluation, which is all that is left
+    assert command("--resume").find(stage="distilled")[0]["peak_gib"] == 9.0
+    assert {row["peak_gib"] for row in log_rows(tmp_path / "table/hedgehog/distilled/log.csv")} == {"9"}
+
+
 def test_dropout_is_on_while_finetuning_a_distilled_model(command, tmp_path, monkeypatch):
     training, real = [], train_gpt.train_step
     monkeypatch.setattr(train_gpt, "train_step", lambda model, *rest: training.append(model.training) or
@@ -519,8 +561,8 @@ def test_the_result_is_sampled_and_trained_further(command, tmp_path, flags):
     longer = parse_config(TrainConfig, train_gpt.PRESETS, ["--out", str(out), "--resume", "--steps", "6"])
     train(longer)
     assert load_checkpoint(out / "last.pt")["state"]["step"] == 6 and longer.lora_rank == 2 * bool(flags)
-    with pytest.raises(ValueError, match="has made 6 of its 6 steps"):  # which are not the conversion's
-        command("--resume")
+    (row,) = command("--resume").find(stage="finetuned")  # whose steps are the conversion's
+    assert row["tokens"] == 4 * 4 * 32
 
 
 @pytest.mark.parametrize("flags", [["--attention", "elu"], ["--attention", "performer"], ["--attention", "cosformer"],
@@ -1090,6 +1132,7 @@ def test_an_earlier_conversion_is_moved_aside_and_its_rows_with_it(command, tmp_
     assert rows[:4] == [r | dict(name=r["name"].replace("hedgehog", "hedgehog-1")) for r in first]
     assert [(r["name"], r["stage"]) for r in rows[4:]] == [("hedgehog", stage) for stage in stages]
     assert [r["tokens"] for r in rows if r["stage"] == "finetuned"] == [128, 256]
+    assert command("--resume", "--name", "hedgehog-1").rows == rows
 
 
 def test_a_teacher_of_train_gpt_needs_no_safetensors_and_an_export_says_that_it_does(command, monkeypatch, tmp_path):
