@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
-    MAY_CHANGE_ON_RESUME, Log, TrainConfig, check_least, cli, evaluate_splits, find_data, get_batch, holding,
-    interrupts, largest, learning_rate, load_checkpoint, load_model, lock_folder, make_optimizer, move_aside, opt, parse_config,
-    peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json, stop_if_not_finite, train,
+    MAY_CHANGE_ON_RESUME, Log, Options, TrainConfig, check_least, cli, evaluate_splits, find_data, get_batch, holding,
+    interrupts, largest, learning_rate, load_checkpoint, load_model, lock_folder, make_optimizer, move_aside, opt,
+    parse_config, peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json, stop_if_not_finite, train,
     write_atomically)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
@@ -39,7 +39,7 @@ MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 
 
 @dataclass
-class ConvertConfig:
+class ConvertConfig(Options):
     preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "wikitext103-fast", "gpt2"))
     teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json, and a .sha256 beside "
                        "each that is to be checked; a run or .pt file of train_gpt.py, or a conversion. Empty: "
@@ -54,20 +54,8 @@ class ConvertConfig:
     export: str = opt("", "also write the result there, as model.safetensors and config.json")
     # the new model
     block_size: int = opt(0, "context length in tokens; 0: the teacher's")
-    feature_bias: bool = opt(False, "bias in the feature maps")
-    tie_qk: bool = opt(False, "one feature map for queries and keys")
-    map_scale: float = opt(1.0, "feature maps start from this times the identity")
-    learn_temperature: bool = opt(False, "one more learned number a head and map, exp(number) times W")
-    temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
-    chunk_size: int = opt(64, "tokens whose attention weights are formed at once")
-    segment_size: int = opt(256, "tokens whose features are held at once while finetuning; 0: all, more memory")
     short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; it starts as the "
                           "identity and learns in stage 2; 0: as the teacher, mostly none")
-    softmax_layers: int = opt(0, "the first layers, which keep softmax; 0 in the paper")
-    window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
-    hybrid_window: int = opt(0, "tokens that every new layer sees by softmax, and older ones by its map, not in the "
-                             "paper; 0: none")
-    dropout: float = opt(0.0, "while finetuning")
     # stage 1: the maps alone learn to imitate softmax's weights
     maps: str = opt("", "start from the maps of this checkpoint: a distilled/last.pt, or any of a model like this one")
     distill_steps: int = opt(400, "optimizer steps of stage 1; 0: no distillation")
@@ -80,23 +68,15 @@ class ConvertConfig:
     lr: float = opt(6e-4, "peak learning rate of stage 2")
     map_lr_scale: float = opt(1.0, "learning rate of the feature maps in stage 2, times --lr")
     weight_decay: float = opt(0.1, "on matrices, in stage 2")
-    lora_rank: int = opt(0, "train low-rank updates of the attention's projections and nothing else; 0: all weights")
     # both
     warmup: float = opt(0.05, "part of the steps of each stage in which the learning rate rises")
     beta2: float = opt(0.999, "AdamW's second moment")
     clip: float = opt(1.0, "largest norm of the gradient; in stage 1 of each layer's")
-    seed: int = opt(0, "of the order of the data and dropout")
-    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "of the matrix products; maps and stage 1's loss are float32 always",
-                     ("auto", "float32", "bfloat16"))
-    compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
     eval_every: int = opt(100, "steps between evaluations, each of which also writes a checkpoint")
-    prompt: str = opt("The ", "beginning of the sample at the end")
-    sample_tokens: int = opt(200, "length of that sample")
 
     def __post_init__(self):
-        check_least(self, block_size=0, softmax_layers=0, window=0, short_conv=0, distill_steps=0,
-                    distill_batch_size=1, distill_lr=0)
+        super().__post_init__()
+        check_least(self, block_size=0, short_conv=0, distill_steps=0, distill_batch_size=1, distill_lr=0)
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup {self.warmup} is a part of the steps: it must be in [0, 1]")
         if self.name == "softmax" and not is_plain(self) or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):

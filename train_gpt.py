@@ -75,7 +75,39 @@ def opt(default, help, choices=None):
 
 
 @dataclass
-class TrainConfig:
+class Options:
+    """What train_gpt.py and convert_gpt2.py have in common; --help tells it last."""
+    # model
+    dropout: float = opt(0.0, "on the embedding, the branches and, for softmax, the attention weights")
+    feature_bias: bool = opt(False, "bias in the feature maps")
+    tie_qk: bool = opt(False, "one feature map for queries and keys")
+    temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
+    map_scale: float = opt(1.0, "feature maps start from this times the identity")
+    learn_temperature: bool = opt(False, "one more learned number a head and map, exp(number) times W")
+    chunk_size: int = opt(64, "tokens whose attention weights are formed at once (linear attention)")
+    segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
+    softmax_layers: int = opt(0, "the first layers, which attend by softmax whatever --attention says; 0 in the paper")
+    window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
+    hybrid_window: int = opt(0, "tokens that every linear layer sees by softmax, and older ones by its map, not in the "
+                             "paper; 0: none")
+    lora_rank: int = opt(0, "train low-rank updates of the attention's projections and nothing else; 0: all weights")
+    seed: int = opt(0, "of the initial weights, the order of the data and dropout")
+    # machine
+    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = opt("auto", "of the matrix products; auto: bfloat16 where the GPU has it",
+                     ("auto", "float32", "bfloat16"))
+    compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
+    prompt: str = opt("The ", "beginning of the sample at the end")
+    sample_tokens: int = opt(200, "length of that sample")
+
+    def __post_init__(self):
+        check_least(self, softmax_layers=0, window=0, lora_rank=0, seed=0, sample_tokens=0)
+        if not math.isfinite(self.temperature * self.map_scale):
+            raise ValueError(f"--temperature {self.temperature} and --map-scale {self.map_scale} must be finite")
+
+
+@dataclass
+class TrainConfig(Options):
     preset: str = opt("tiny", "named set of defaults; any flag overrides it",
                       ("tiny", "wikitext103", "wikitext103-fast"))
     attention: str = opt("hedgehog", "softmax, or a feature map; of Hedgehog's two, hedgehog_exp is the better",
@@ -88,21 +120,9 @@ class TrainConfig:
     n_head: int = opt(4, "heads a layer")
     n_embd: int = opt(128, "model width, a multiple of --n-head")
     block_size: int = opt(256, "context length in tokens")
-    dropout: float = opt(0.0, "on the embedding, the branches and, for softmax, the attention weights")
     bias: bool = opt(True, "biases in linear layers and norms")
     tie_head: bool = opt(True, "one matrix for the embedding and the output")
-    feature_bias: bool = opt(False, "bias in the feature maps")
-    tie_qk: bool = opt(False, "one feature map for queries and keys")
-    temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
-    map_scale: float = opt(1.0, "feature maps start from this times the identity")
-    learn_temperature: bool = opt(False, "one more learned number a head and map, exp(number) times W")
-    chunk_size: int = opt(64, "tokens whose attention weights are formed at once (linear attention)")
-    segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
     short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; 0: none")
-    softmax_layers: int = opt(0, "the first layers, which attend by softmax whatever --attention says; 0 in the paper")
-    window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
-    hybrid_window: int = opt(0, "tokens that every linear layer sees by softmax, and older ones by its map, not in the "
-                             "paper; 0: none")
     # optimisation
     steps: int = opt(1000, "optimizer steps; with --resume a larger number trains a finished run further")
     batch_size: int = opt(8, "sequences a step, over all processes and micro-batches")
@@ -115,20 +135,12 @@ class TrainConfig:
     map_decay: bool = opt(True, "also on the feature maps, whose W it pulls from the identity towards zero")
     beta2: float = opt(0.99, "AdamW's second moment")
     clip: float = opt(1.0, "largest norm of the gradient")
-    lora_rank: int = opt(0, "train low-rank updates of the attention's projections and nothing else; 0: all weights")
-    seed: int = opt(0, "of the initial weights, the order of the data and dropout")
-    # machine
-    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "of the matrix products; auto: bfloat16 where the GPU has it",
-                     ("auto", "float32", "bfloat16"))
-    compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
     eval_every: int = opt(200, "steps between evaluations, each of which also writes a checkpoint")
-    prompt: str = opt("The ", "beginning of the sample at the end")
-    sample_tokens: int = opt(200, "length of that sample")
 
     def __post_init__(self):
+        super().__post_init__()
         check_least(self, steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, final_lr=0,
-                    weight_decay=0, seed=0, lora_rank=0, sample_tokens=0)
+                    weight_decay=0)
         if self.seed >= 2 ** 31 or not 0 <= self.beta2 < 1 or not self.clip > 0:
             raise ValueError("--seed must be below 2^31, --beta2 in [0, 1) and --clip above 0 (inf: no clipping), got "
                              f"{self.seed}, {self.beta2} and {self.clip}")
@@ -165,7 +177,7 @@ def parse_config(config_class, presets=None, argv=None, saved_config=saved_confi
     """Command line -> config. Flags come first, then the run that --resume goes on with, then the preset."""
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__.split("\n")[0],
                                      formatter_class=HelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(config_class):
+    for f in sorted(dataclasses.fields(config_class), key=lambda f: f.name not in config_class.__annotations__):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         if f.type is tuple:                                                               # several values, of one type
             kind = dict(type=type(f.default[0]), nargs="+")

@@ -1067,6 +1067,8 @@ BAD_FLAGS = {
     "a hybrid of softmax": (["--attention", "softmax", "--hybrid-window", "8"], "choose one of hedgehog,.*or no"),
     "a hybrid with an unknown scale": (["--attention", "exp", "--hybrid-window", "8"], "exp beyond do not go together"),
     "no layer left to convert": (["--softmax-layers", "2"], "leaves none of the teacher's 2 layers to hedgehog"),
+    "a scale that is no number": (["--map-scale", "nan"], "--map-scale nan must be finite"),
+    "a temperature without end": (["--temperature", "inf"], "--temperature inf and"),
     "nothing to resume": (["--resume"], "no conversion at .*leave out --resume"),
 }
 
@@ -1142,6 +1144,15 @@ def test_a_teacher_of_train_gpt_needs_no_safetensors_and_an_export_says_that_it_
     command("--no-reference", "--steps", "1")
     with pytest.raises(ValueError, match="pip install safetensors"):
         command("--export", str(tmp_path / "exported"))
+
+
+def test_help_tells_of_what_both_scripts_have_after_what_is_their_own(capsys):
+    for config_class, own in ((TrainConfig, "--n-layer"), (ConvertConfig, "--teacher")):
+        with pytest.raises(SystemExit):
+            parse_config(config_class, PRESETS, ["--help"])
+        flags = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.M)
+        order = [flags.index(f) for f in ("--preset", own, "--eval-every", "--dropout", "--sample-tokens")]
+        assert order == sorted(order) and order[0] == 0
 
 
 def test_several_processes_are_sent_to_train_gpt(command, monkeypatch):
