@@ -16,7 +16,7 @@ import math
 import os
 import re
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -130,8 +130,7 @@ def run_name(config):
 def saved_config(config):
     path = table_folder(config) / run_name(config) / "config.json"
     try:
-        saved = asdict(ConvertConfig()) | json.loads(path.read_text())["config"]  # a run may be older than some flags
-        return {f.name: saved[f.name] for f in fields(ConvertConfig)}
+        return asdict(ConvertConfig(**json.loads(path.read_text())["config"]))  # a run may be older than some flags
     except FileNotFoundError:
         raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name or "
                          "--attention") from None
@@ -561,16 +560,10 @@ def check_text(meta, vocab_size, tokenizer):
 
 
 def check_can_be_made(folder, flag):
-    """Make the folder and take it away again: that it cannot be made is told now, and not after hours."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"{flag}: {folder} cannot be made ({e.strerror}): choose another folder") from e
-    finally:
-        for path in missing:
-            with suppress(OSError):  # it was not made, or another conversion writes there by now
-                path.rmdir()
+    """That it cannot be made is told now, and not after hours."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{flag}: {folder} cannot be made, {there} takes no files: choose another folder")
 
 
 def was_begun(config):
