@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.prepare import load_tokenizer
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
-    MAY_CHANGE_ON_RESUME, Log, Options, TrainConfig, check_least, cli, evaluate_splits, find_data, get_batch, holding,
-    interrupts, largest, learning_rate, load_checkpoint, load_model, lock_folder, make_optimizer, move_aside, opt,
-    parse_config, peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json, stop_if_not_finite, train,
-    write_atomically)
+    MAY_CHANGE_ON_RESUME, Log, Options, TrainConfig, check_least, cli, encode_prompt, evaluate_splits, find_data,
+    get_batch, holding, interrupts, largest, learning_rate, load_checkpoint, load_model, lock_folder, make_optimizer,
+    move_aside, opt, parse_config, peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json,
+    stop_if_not_finite, train, write_atomically)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
 EVAL_BLOCKS = 32  # of the validation text, evenly spread, on which the maps are compared with softmax
@@ -481,6 +482,7 @@ def convert(config, *, held):
     device, dtype, why = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
     meta = find_data(config, rank=0, world=1)["meta"]  # what it lacks is better told before a download than after
+    encode_prompt(load_tokenizer(meta["tokenizer"]), config.prompt)
     if config.teacher in GPT2:
         check_text(meta, GPT2_TOKENS, None)
     check_can_be_made(folder / name, "--out")

@@ -141,6 +141,9 @@ class TrainConfig(Options):
         super().__post_init__()
         check_least(self, steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, final_lr=0,
                     weight_decay=0)
+        if self.lora_rank > self.n_embd:
+            raise ValueError(f"--lora-rank {self.lora_rank} is no low rank for matrices of width {self.n_embd}: take "
+                             "at most that")
         if self.seed >= 2 ** 31 or not 0 <= self.beta2 < 1 or not self.clip > 0:
             raise ValueError("--seed must be below 2^31, --beta2 in [0, 1) and --clip above 0 (inf: no clipping), got "
                              f"{self.seed}, {self.beta2} and {self.clip}")
@@ -564,9 +567,6 @@ class LowRankLinear(nn.Linear):
 
 def add_lora(model, rank):
     """Freeze the GPT `model` and give the attention's projections, c_attn (q, k, v) and c_proj, low-rank updates."""
-    smallest = model.config.n_embd
-    if rank > smallest:
-        raise ValueError(f"--lora-rank {rank} is no low rank for matrices of width {smallest}: take at most that")
     model.requires_grad_(False)
     for block in model.transformer.h:
         block.attn.c_attn = LowRankLinear(block.attn.c_attn, rank)

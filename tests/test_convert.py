@@ -26,7 +26,7 @@ import data
 import train_gpt
 from conftest import stop_after
 from convert_gpt2 import PRESETS, ConvertConfig, convert, imitate, imitation_loss, maps_of, saved_config, swap
-from data import gpt2_weights
+from data import gpt2_weights, prepare
 from data.gpt2_weights import export, load_gpt2
 from data.prepare import main as prepare_main
 from hedgehog import GPT, FeatureMap, GPTConfig, linear_attention
@@ -737,8 +737,8 @@ def test_low_rank_updates_start_at_nothing_train_alone_and_merge_into_plain_weig
     other = small_gpt()
     other.load_state_dict(merged)
     torch.testing.assert_close(other(idx)[0], after, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="--lora-rank 17"):
-        add_lora(small_gpt(), 17)
+    with pytest.raises(ValueError, match="--lora-rank 17 is no low rank for matrices of width 16"):
+        TrainConfig(n_embd=16, lora_rank=17)
 
 
 def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path):
@@ -1069,6 +1069,9 @@ BAD_FLAGS = {
     "no layer left to convert": (["--softmax-layers", "2"], "leaves none of the teacher's 2 layers to hedgehog"),
     "a scale that is no number": (["--map-scale", "nan"], "--map-scale nan must be finite"),
     "a temperature without end": (["--temperature", "inf"], "--temperature inf and"),
+    "no prompt": (["--prompt", ""], "--prompt is empty"),
+    "a rank that is not low": (["--lora-rank", "17"], "--lora-rank 17 is no low rank for matrices of width 16"),
+    "a vocabulary out of reach": (["--data", "far"], "the vocabulary is nowhere"),
     "nothing to resume": (["--resume"], "no conversion at .*leave out --resume"),
 }
 
@@ -1076,6 +1079,9 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("flags, words", BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
 def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, tmp_path, monkeypatch, flags, words,
                                                              capsys):
+    def far():
+        raise prepare.InputError("the vocabulary is nowhere")
+
     monkeypatch.chdir(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
@@ -1084,8 +1090,11 @@ def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, 
     meta = json.loads((text_dir / "meta.json").read_text())
     counts = dict.fromkeys(meta["tokens"], 100)
     (other / "meta.json").write_text(json.dumps(meta | dict(vocab_size=7, tokens=counts)))
-    shutil.copytree(text_dir, tmp_path / "renamed")
-    (tmp_path / "renamed" / "meta.json").write_text(json.dumps(meta | dict(tokenizer="letters")))
+    for folder, tokenizer in (("renamed", "letters"), ("far", "gpt2")):
+        shutil.copytree(text_dir, tmp_path / folder)
+        (tmp_path / folder / "meta.json").write_text(json.dumps(meta | dict(tokenizer=tokenizer)))
+    monkeypatch.setitem(prepare.TOKENIZERS, "letters", prepare.ByteTokenizer)
+    monkeypatch.setitem(prepare.TOKENIZERS, "gpt2", far)
     with pytest.raises(SystemExit) as e:
         cli(lambda: command(*flags))
     assert e.value.code == 2 and re.search(words, capsys.readouterr().err) and not (tmp_path / "table").exists()
