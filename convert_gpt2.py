@@ -403,16 +403,17 @@ def stage_config(config, model, stage, **changes):
     return TrainConfig(**given | dict(warmup=round(config.warmup * given["steps"]), resume=resume))
 
 
-def references(rows, tokens=None):
-    """The rows of the plain teacher, finetuned (for so many tokens)."""
+def references(rows, lora_rank, tokens=None):
+    """The rows of the plain teacher, finetuned with updates of that rank (for so many tokens)."""
     return [row for row in rows if row["attention"] == "softmax" and row["stage"] == "finetuned"
-            and not row.get("short_conv") and not row.get("window") and tokens in (None, row["tokens"])]
+            and row.get("lora_rank", 0) == lora_rank and not row.get("short_conv") and not row.get("window")
+            and tokens in (None, row["tokens"])]
 
 
 def ratio(row, rows):
-    """Its perplexity over that of the best teacher that was finetuned for as many tokens (a row of another stage: for
-    any), on the test split if there is one. None without such a teacher, or if that was not measured there."""
-    beside = references(rows, row["tokens"] if row["stage"] == "finetuned" else None)
+    """Its perplexity over that of the best teacher that was finetuned likewise for as many tokens (a row of another
+    stage: for any), on the test split if there is one. None without one, or if that was not measured there."""
+    beside = references(rows, row.get("lora_rank", 0), row["tokens"] if row["stage"] == "finetuned" else None)
     ppl = "valid_ppl" if row["test_ppl"] is None else "test_ppl"
     best = min(beside, key=lambda r: r["valid_nats"])[ppl] if beside else None
     return row[ppl] / best if best else None
@@ -513,15 +514,15 @@ def convert(config, *, held):
     start_run(folder / name, config, results, say, held)
     if not known:
         results.add(**base, **before)
-    n_tokens = config.steps * config.batch_size * stage2.block_size
-    if config.reference and not is_plain(config) and config.steps and not references(results.rows, n_tokens):
+    beside = references(results.rows, config.lora_rank, config.steps * config.batch_size * stage2.block_size)
+    if config.reference and not is_plain(config) and config.steps and not beside:
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
         reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0, softmax_layers=0,
                             window=0, hybrid_window=0)
         results.rows = convert(replace(reference, resume=config.resume and was_begun(reference))).rows
 
-    row = dict(name=name, attention=config.attention, short_conv=config.short_conv,
-               softmax_layers=config.softmax_layers, window=config.window, hybrid_window=config.hybrid_window)
+    told = ("attention", "short_conv", "softmax_layers", "window", "hybrid_window", "lora_rank")
+    row = dict(name=name, **{k: getattr(config, k) for k in told})
     if config.attention != "softmax" and "finetuned" not in done:
         student, tokens = student.to(device), stage1.steps * stage1.batch_size * stage1.block_size
         if not config.maps and "swapped" not in done:

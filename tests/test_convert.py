@@ -410,7 +410,7 @@ def test_first_layers_that_keep_softmax_are_not_distilled(command, tmp_path, tea
     assert distilled["kl"][1] == pytest.approx(every["kl"][1], rel=1e-6)
     # Softmax with a window is another model, and no reference.
     rows = command("--attention", "softmax", "--softmax-layers", "2", "--window", "8").find(stage="finetuned")
-    assert rows[-1]["name"] == "softmax-first2x8" and rows[-1] not in convert_gpt2.references(rows)
+    assert rows[-1]["name"] == "softmax-first2x8" and rows[-1] not in convert_gpt2.references(rows, 0)
     with pytest.raises(ValueError, match="first layers see 8 tokens: give one with plain softmax"):
         command("--teacher", str(tmp_path / "table/softmax-first2x8/finetuned/best.pt"), "--out", str(tmp_path / "b"))
 
@@ -630,8 +630,24 @@ def test_a_conversion_of_another_length_gets_a_reference_of_that_length(command)
     flags = ["--distill-steps", "0", "--steps"]
     command(*flags, "1")
     rows = command(*flags, "2", "--name", "longer").rows
-    assert [r["tokens"] for r in convert_gpt2.references(rows)] == [128, 256]
+    assert [r["tokens"] for r in convert_gpt2.references(rows, 0)] == [128, 256]
     assert len(command(*flags, "2", "--name", "again").rows) == len(rows) + 2              # that has one already
+
+
+def test_low_rank_updates_are_compared_with_low_rank_updates(command):
+    flags = ["--distill-steps", "0", "--steps", "1"]
+    full = command(*flags).rows
+    rows = command(*flags, "--lora-rank", "2").rows
+    found = {(r["name"], r["stage"], r["lora_rank"]): r for r in rows[1:]}
+    names = "softmax-1", "softmax", "hedgehog-undistilled-1", "hedgehog-undistilled"
+    assert {key for key in found if key[1] == "finetuned"} == {(n, "finetuned", 2 * (n[-1] != "1")) for n in names}
+    for n in ("", "-1"):
+        pair = [found[f"{name}{n}", "finetuned", 2 * (n == "")] for name in ("hedgehog-undistilled", "softmax")]
+        assert convert_gpt2.ratio(pair[0], rows) == pair[0]["test_ppl"] / pair[1]["test_ppl"]
+    for r in full[1:]:  # of before this was told: all weights
+        del r["lora_rank"]
+    assert convert_gpt2.ratio(full[-1], full) == pytest.approx(full[-1]["test_ppl"] / full[1]["test_ppl"])
+    assert convert_gpt2.ratio(full[-1] | dict(lora_rank=2), full) is None
 
 
 def test_both_stages_read_on_in_the_text(command, monkeypatch):
