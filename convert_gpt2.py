@@ -27,10 +27,10 @@ from tqdm import tqdm
 from data.prepare import load_tokenizer
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
-    MAY_CHANGE_ON_RESUME, Log, Options, TrainConfig, check_least, cli, encode_prompt, evaluate_splits, find_data,
-    get_batch, holding, interrupts, largest, learning_rate, load_checkpoint, load_model, lock_folder, make_optimizer,
-    move_aside, opt, parse_config, peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json,
-    stop_if_not_finite, train, write_atomically)
+    MAY_CHANGE_ON_RESUME, Log, Options, TrainConfig, best_of, check_least, cli, encode_prompt, evaluate_splits,
+    find_data, get_batch, holding, interrupts, largest, learning_rate, load_checkpoint, load_model, lock_folder,
+    make_optimizer, move_aside, opt, parse_config, peak_gib, pick_device, provenance, refuse_changes, reset_peak,
+    save_json, stop_if_not_finite, train, write_atomically)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
 EVAL_BLOCKS = 32  # of the validation text, evenly spread, on which the maps are compared with softmax
@@ -145,8 +145,7 @@ def saved_config(config):
 
 def text_of(teacher):
     """The folder of the text that a run of train_gpt.py learned; "", which is data/pydoc, for any other teacher."""
-    path = Path(teacher or "runs/tiny-softmax")
-    path = path if path.suffix == ".pt" else path / "best.pt"
+    path = best_of(Path(teacher or "runs/tiny-softmax"))
     folder = load_checkpoint(path, mmap=True)["config"]["data"] if teacher not in GPT2 and path.exists() else ""
     if folder and not Path(folder, "meta.json").exists():
         raise ValueError(f"the teacher {path} learned the text in {folder}, which is not there: name one with --data")
@@ -161,9 +160,11 @@ def load_teacher(config):
     elif not name and not (path / "summary.json").exists():
         print(f"no teacher in {path}: training it first")
         flags = ["--attention", "softmax", "--out", str(path), "--device", config.device]
-        train(parse_config(TrainConfig, TRAIN_PRESETS, flags + ["--resume"] * (path / "last.pt").exists()))
-    if path.suffix == ".pt" or (path / "best.pt").exists():
-        model, checkpoint = load_model(path if path.suffix == ".pt" else path / "best.pt")
+        train(parse_config(TrainConfig, TRAIN_PRESETS, flags + ["--resume"] * (path / "last.pt").exists()),
+              how="give the same command again")
+    best = best_of(path)
+    if path.suffix == ".pt" or best.exists():
+        model, checkpoint = load_model(best)
         tokenizer = checkpoint["meta"]["tokenizer"]
     elif path.is_dir():
         model, tokenizer = gpt2_files().load_gpt2(path), None
@@ -357,7 +358,7 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
             if step % config.eval_every == 0 or step == config.steps:
                 report = faithfulness(model, data["valid"], config, device, autocast, loss)
                 means = [mean_of_layers(report[kind], model.config.softmax_layers) for kind in KINDS]
-                stop_if_not_finite(means[0], step, config)
+                stop_if_not_finite(means[0], step, config, "--distill-lr")
                 say(f"step {step:5d}  KL {means[2]:.4f} nats, by layer " + " ".join(f"{x:.3f}" for x in report["kl"]))
                 save()
                 log.write((step, step * config.batch_size * config.block_size, learning_rate(step, config),
@@ -372,7 +373,7 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
             idx, _ = get_batch(data["train"], config, step, 0, 1, device)
             losses = imitate(model, idx, autocast, loss, learn=True)
             cross_entropy, entropy = losses[model.config.softmax_layers:].mean(dim=0).tolist()
-            stop_if_not_finite(cross_entropy, step, config)
+            stop_if_not_finite(cross_entropy, step, config, "--distill-lr")
             for layer in layers:  # layers are problems of their own: a wild one must not slow the others down
                 torch.nn.utils.clip_grad_norm_(layer, config.clip)
             optimizer.step()

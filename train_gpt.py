@@ -488,6 +488,12 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
+def best_of(path):
+    """The best.pt in the folder of a run, or of a conversion; a .pt file itself."""
+    inside = (path / "best.pt", path / "finetuned/best.pt")
+    return path if path.suffix == ".pt" else next((p for p in inside if p.exists()), inside[0])
+
+
 def device_name(device):
     """The chip's own name."""
     if device.type == "cuda":
@@ -624,11 +630,12 @@ def send_home(values):
     return copy, arrived
 
 
-def stop_if_not_finite(value, step, config):
+def stop_if_not_finite(value, step, config, lr="--lr"):
     if not math.isfinite(value):
+        out = run_folder(config)
+        good = f"; the last checkpoint in {out} is good" if (out / "last.pt").exists() else ""
         raise ValueError(f"the loss or its gradient is {value} at step {step}, learning rate "
-                         f"{learning_rate(step, config):.2g}; the last checkpoint in {run_folder(config)} is good: "
-                         "lower --lr or lengthen --warmup")
+                         f"{learning_rate(step, config):.2g}{good}: lower {lr} or lengthen --warmup")
 
 
 @contextmanager

@@ -533,6 +533,16 @@ def test_peak_memory_of_a_distillation_is_that_of_its_steps_also_after_a_resumpt
     assert {row["peak_gib"] for row in log_rows(tmp_path / "table/hedgehog/distilled/log.csv")} == {"9"}
 
 
+def test_maps_that_diverge_name_their_own_rate_and_a_checkpoint_if_there_is_one(command, tmp_path, monkeypatch):
+    real = convert_gpt2.imitate
+    monkeypatch.setattr(convert_gpt2, "imitate", lambda *args, learn=False: real(*args) * (math.nan if learn else 1))
+    with pytest.raises(ValueError, match="at step 0, .*the last checkpoint in .* is good: lower --distill-lr or"):
+        command("--no-reference")
+    monkeypatch.setattr(convert_gpt2, "mean_of_layers", lambda *_: math.nan)              # in the first evaluation
+    with pytest.raises(ValueError, match="at step 0, learning rate 0.03: lower --distill-lr or lengthen --warmup"):
+        command("--no-reference")
+
+
 def test_dropout_is_on_while_finetuning_a_distilled_model(command, tmp_path, monkeypatch):
     training, real = [], train_gpt.train_step
     monkeypatch.setattr(train_gpt, "train_step", lambda model, *rest: training.append(model.training) or
@@ -665,8 +675,13 @@ def test_the_default_trains_its_teacher_first(tmp_path, monkeypatch, text_dir, c
     monkeypatch.setitem(train_gpt.PRESETS, "tiny", dict(small, steps=2, data=str(text_dir)))
     config = parse_config(ConvertConfig, PRESETS, [*SMALL, "--data", str(text_dir)])
     assert (config.teacher, config.out, config.preset) == ("", "", "tiny")
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train_gpt, "interrupts", lambda say: stop_after(1))
+        convert(config)
+    stopped = capsys.readouterr().out
     convert(config)
     first = capsys.readouterr().out
+    assert "saved: give the same command again to go on" in stopped
     convert(replace(config, name="again"))
     assert "training it first" in first and "training it first" not in capsys.readouterr().out
     assert (tmp_path / "runs/tiny-softmax/summary.json").exists()
@@ -800,6 +815,9 @@ def test_an_exported_softmax_model_is_a_teacher_and_a_linear_one_is_not(command,
     command("--attention", "softmax", "--export", str(tmp_path / "softmax"))
     rows = command("--teacher", str(tmp_path / "softmax"), "--out", str(tmp_path / "other"), "--no-reference").rows
     assert [r["stage"] for r in rows] == ["teacher", "swapped", "distilled", "finetuned"]
+    folder = ["--teacher", str(tmp_path / "table" / "softmax"), "--out", str(tmp_path / "of the folder"), "--data", ""]
+    again = command(*folder, "--no-reference").rows               # the same teacher, whose text is known here
+    assert [r["valid_nats"] for r in again] == [r["valid_nats"] for r in rows]
     command("--export", str(tmp_path / "linear"))
     with pytest.raises(ValueError, match="linear already"):
         command("--teacher", str(tmp_path / "linear"))
