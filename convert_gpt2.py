@@ -80,9 +80,10 @@ class ConvertConfig(Options):
         check_least(self, block_size=0, short_conv=0, distill_steps=0, distill_batch_size=1, distill_lr=0)
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup {self.warmup} is a part of the steps: it must be in [0, 1]")
-        if self.name == "softmax" and not is_plain(self) or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
+        taken = self.name == "teacher" or self.name == "softmax" and not is_plain(self)
+        if taken or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
             raise ValueError(f"--name {self.name!r} must be letters, digits and . + = - _ and begin with one of the "
-                             "first; softmax is the name of the finetuned teacher")
+                             "first; teacher is the name of the teacher's row, softmax that of the finetuned teacher")
         if self.hybrid_window:
             GPTConfig(attention=self.attention, hybrid_window=self.hybrid_window)  # refuses what does not go together
         if self.window and not self.softmax_layers:

@@ -1090,9 +1090,10 @@ BAD_FLAGS = {
     "accum": (["--accum", "3"], "--batch-size 4 must be a multiple of --accum 3"),
     "no maps": (["--maps", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     "a name that is a path": (["--name", "../elsewhere"], "--name '../elsewhere' must be letters"),
-    "the name of the finetuned teacher": (["--name", "softmax"], "softmax is the name of the finetuned teacher"),
+    "the name of the finetuned teacher": (["--name", "softmax"], "softmax that of the finetuned teacher"),
+    "the name of the teacher": (["--name", "teacher"], "teacher is the name of the teacher's row"),
     "that name for softmax with a convolution": (
-        ["--attention", "softmax", "--short-conv", "3", "--name", "softmax"], "the name of the finetuned teacher"),
+        ["--attention", "softmax", "--short-conv", "3", "--name", "softmax"], "softmax that of the finetuned teacher"),
     "a convolution that nothing trains": (["--short-conv", "3", "--lora-rank", "2"], "leave out one of them"),
     "a convolution of less than nothing": (["--short-conv", "-1"], "--short-conv must be at least 0, got -1"),
     "a window of no layers": (["--window", "8"], "--window 8 is that of the first layers.*--softmax-layers"),
