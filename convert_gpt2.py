@@ -587,6 +587,8 @@ def start_run(run, config, results, say, held):
         with lock_folder(stage2) if stage2.exists() else nullcontext():
             results.rename(run.name, move_aside(run, say).name)
         held.enter_context(lock_folder(run))
+    elif not config.resume and results.find(name=run.name):  # of a folder that was deleted
+        results.change(lambda rows: [r for r in rows if r["name"] != run.name])
     first = json.loads(path.read_text()) if config.resume else provenance(results.device) | dict(resumed=-1)
     results.command, results.resumed = first["command"], first.get("resumed", 0) + 1
     save_json(path, first | dict(config=asdict(config), resumed=results.resumed))

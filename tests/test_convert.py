@@ -1170,7 +1170,7 @@ def test_results_of_another_teacher_are_not_mixed_in_and_other_flags_do_not_resu
         command("--resume")
 
 
-def test_an_earlier_conversion_is_moved_aside_and_its_rows_with_it(command, tmp_path):
+def test_an_earlier_conversion_is_moved_aside_and_its_rows_with_it(command, tmp_path, monkeypatch):
     first = command("--no-reference", "--steps", "1").rows
     rows = command("--no-reference", "--steps", "2", "--seed", "1").rows
     table, stages = tmp_path / "table", ["swapped", "distilled", "finetuned"]
@@ -1179,6 +1179,12 @@ def test_an_earlier_conversion_is_moved_aside_and_its_rows_with_it(command, tmp_
     assert [(r["name"], r["stage"]) for r in rows[4:]] == [("hedgehog", stage) for stage in stages]
     assert [r["tokens"] for r in rows if r["stage"] == "finetuned"] == [128, 256]
     assert command("--resume", "--name", "hedgehog-1").rows == rows
+    shutil.rmtree(table / "hedgehog")                               # whose rows are not those of another one either
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(convert_gpt2, "interrupts", lambda say: stop_after(1))
+        command("--no-reference", "--steps", "3")
+    finetuned = command("--resume").find(name="hedgehog", stage="finetuned")
+    assert [(r["tokens"], r["resumed"]) for r in finetuned] == [(384, 1)]
 
 
 def test_a_teacher_of_train_gpt_needs_no_safetensors_and_an_export_says_that_it_does(command, monkeypatch, tmp_path):
