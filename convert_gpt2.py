@@ -16,7 +16,7 @@ import math
 import os
 import re
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.prepare import load_tokenizer
 from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
-    MAY_CHANGE_ON_RESUME, Log, TrainConfig, check_least, cli, evaluate_splits, find_data, get_batch, holding,
-    interrupts, learning_rate, load_checkpoint, load_model, lock_folder, make_optimizer, move_aside, opt, parse_config,
-    peak_gib, pick_device, provenance, refuse_changes, reset_peak, save_json, stop_if_not_finite, train,
-    write_atomically)
+    MAY_CHANGE_ON_RESUME, Log, Options, TrainConfig, best_of, check_least, cli, encode_prompt, evaluate_splits,
+    find_data, get_batch, holding, interrupts, largest, learning_rate, load_checkpoint, load_model, lock_folder,
+    make_optimizer, move_aside, opt, parse_config, peak_gib, pick_device, provenance, refuse_changes, reset_peak,
+    save_json, stop_if_not_finite, train, write_atomically)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
 EVAL_BLOCKS = 32  # of the validation text, evenly spread, on which the maps are compared with softmax
@@ -39,11 +40,11 @@ MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 
 
 @dataclass
-class ConvertConfig:
+class ConvertConfig(Options):
     preset: str = opt("tiny", "named set of defaults; any flag overrides it", ("tiny", "wikitext103-fast", "gpt2"))
-    teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json, and a "
-                       "model.safetensors.sha256 if the weights are to be checked; a run or .pt file of train_gpt.py. "
-                       "Empty: runs/tiny-softmax, trained if it is not there")
+    teacher: str = opt("", f"{', '.join(GPT2)}; a folder with model.safetensors and config.json, and a .sha256 beside "
+                       "each that is to be checked; a run or .pt file of train_gpt.py, or a conversion. Empty: "
+                       "runs/tiny-softmax, trained if it is not there")
     attention: str = opt("hedgehog", "the feature map, of Hedgehog's two hedgehog_exp is the better; softmax: only "
                          "finetune the teacher", ATTENTIONS)
     data: str = opt("", "folder made by data/prepare.py; empty: that of a --teacher of train_gpt.py, else data/pydoc")
@@ -54,20 +55,8 @@ class ConvertConfig:
     export: str = opt("", "also write the result there, as model.safetensors and config.json")
     # the new model
     block_size: int = opt(0, "context length in tokens; 0: the teacher's")
-    feature_bias: bool = opt(False, "bias in the feature maps")
-    tie_qk: bool = opt(False, "one feature map for queries and keys")
-    map_scale: float = opt(1.0, "feature maps start from this times the identity")
-    learn_temperature: bool = opt(False, "one more learned number a head and map, exp(number) times W")
-    temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
-    chunk_size: int = opt(64, "tokens whose attention weights are formed at once")
-    segment_size: int = opt(256, "tokens whose features are held at once while finetuning; 0: all, more memory")
     short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; it starts as the "
                           "identity and learns in stage 2; 0: as the teacher, mostly none")
-    softmax_layers: int = opt(0, "the first layers, which keep softmax; 0 in the paper")
-    window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
-    hybrid_window: int = opt(0, "tokens that every new layer sees by softmax, and older ones by its map, not in the "
-                             "paper; 0: none")
-    dropout: float = opt(0.0, "while finetuning")
     # stage 1: the maps alone learn to imitate softmax's weights
     maps: str = opt("", "start from the maps of this checkpoint: a distilled/last.pt, or any of a model like this one")
     distill_steps: int = opt(400, "optimizer steps of stage 1; 0: no distillation")
@@ -80,28 +69,21 @@ class ConvertConfig:
     lr: float = opt(6e-4, "peak learning rate of stage 2")
     map_lr_scale: float = opt(1.0, "learning rate of the feature maps in stage 2, times --lr")
     weight_decay: float = opt(0.1, "on matrices, in stage 2")
-    lora_rank: int = opt(0, "train low-rank updates of the attention's projections and nothing else; 0: all weights")
     # both
     warmup: float = opt(0.05, "part of the steps of each stage in which the learning rate rises")
     beta2: float = opt(0.999, "AdamW's second moment")
     clip: float = opt(1.0, "largest norm of the gradient; in stage 1 of each layer's")
-    seed: int = opt(0, "of the order of the data and dropout")
-    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "of the matrix products; maps and stage 1's loss are float32 always",
-                     ("auto", "float32", "bfloat16"))
-    compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
     eval_every: int = opt(100, "steps between evaluations, each of which also writes a checkpoint")
-    prompt: str = opt("The ", "beginning of the sample at the end")
-    sample_tokens: int = opt(200, "length of that sample")
 
     def __post_init__(self):
-        check_least(self, block_size=0, softmax_layers=0, window=0, short_conv=0, distill_steps=0,
-                    distill_batch_size=1, distill_lr=0)
+        super().__post_init__()
+        check_least(self, block_size=0, short_conv=0, distill_steps=0, distill_batch_size=1, distill_lr=0)
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup {self.warmup} is a part of the steps: it must be in [0, 1]")
-        if self.name == "softmax" and not is_plain(self) or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
+        taken = self.name == "teacher" or self.name == "softmax" and not is_plain(self)
+        if taken or not re.fullmatch(r"(\w[\w.+=-]*)?", self.name):
             raise ValueError(f"--name {self.name!r} must be letters, digits and . + = - _ and begin with one of the "
-                             "first; softmax is the name of the finetuned teacher")
+                             "first; teacher is the name of the teacher's row, softmax that of the finetuned teacher")
         if self.hybrid_window:
             GPTConfig(attention=self.attention, hybrid_window=self.hybrid_window)  # refuses what does not go together
         if self.window and not self.softmax_layers:
@@ -150,8 +132,7 @@ def run_name(config):
 def saved_config(config):
     path = table_folder(config) / run_name(config) / "config.json"
     try:
-        saved = asdict(ConvertConfig()) | json.loads(path.read_text())["config"]  # a run may be older than some flags
-        return {f.name: saved[f.name] for f in fields(ConvertConfig)}
+        return asdict(ConvertConfig(**json.loads(path.read_text())["config"]))  # a run may be older than some flags
     except FileNotFoundError:
         raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name or "
                          "--attention") from None
@@ -165,8 +146,7 @@ def saved_config(config):
 
 def text_of(teacher):
     """The folder of the text that a run of train_gpt.py learned; "", which is data/pydoc, for any other teacher."""
-    path = Path(teacher or "runs/tiny-softmax")
-    path = path if path.suffix == ".pt" else path / "best.pt"
+    path = best_of(Path(teacher or "runs/tiny-softmax"))
     folder = load_checkpoint(path, mmap=True)["config"]["data"] if teacher not in GPT2 and path.exists() else ""
     if folder and not Path(folder, "meta.json").exists():
         raise ValueError(f"the teacher {path} learned the text in {folder}, which is not there: name one with --data")
@@ -181,9 +161,11 @@ def load_teacher(config):
     elif not name and not (path / "summary.json").exists():
         print(f"no teacher in {path}: training it first")
         flags = ["--attention", "softmax", "--out", str(path), "--device", config.device]
-        train(parse_config(TrainConfig, TRAIN_PRESETS, flags + ["--resume"] * (path / "last.pt").exists()))
-    if path.suffix == ".pt" or (path / "best.pt").exists():
-        model, checkpoint = load_model(path if path.suffix == ".pt" else path / "best.pt")
+        train(parse_config(TrainConfig, TRAIN_PRESETS, flags + ["--resume"] * (path / "last.pt").exists()),
+              how="give the same command again")
+    best = best_of(path)
+    if path.suffix == ".pt" or best.exists():
+        model, checkpoint = load_model(best)
         tokenizer = checkpoint["meta"]["tokenizer"]
     elif path.is_dir():
         model, tokenizer = gpt2_files().load_gpt2(path), None
@@ -352,9 +334,9 @@ def load_maps(model, path):
     return checkpoint
 
 
-def distill(model, data, config, device, autocast, say, how="add --resume to the command"):
-    """Train the maps of `model`, in place, as `config` (a TrainConfig) says. Returns (seconds, final faithfulness).
-    `how` one goes on after Ctrl-C is what the caller knows.
+def distill(model, data, config, device, autocast, say, how="add --resume to the command", command=""):
+    """Train the maps of `model`, in place, as `config` (a TrainConfig) says. Returns the final faithfulness, and the
+    seconds and peak_gib that it took. `how` and `command` are those of `train`.
 
     Writes log.csv and last.pt, which holds the maps alone, into config.out.
     """
@@ -368,11 +350,13 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = checkpoint["state"]
     out.mkdir(parents=True, exist_ok=True)
-    about = provenance(device)
-    log = Log(out / "log.csv", state["step"], ("step", "tokens", "lr", "train_cross_entropy", *KINDS, "seconds", *about,
-                                               *(f"{kind}_{i}" for kind in KINDS for i in range(len(layers)))))
+    about = provenance(device, command)
+    log = Log(out / "log.csv", state["step"], (
+        "step", "tokens", "lr", "train_cross_entropy", *KINDS, "seconds", "peak_gib", *about,
+        *(f"{kind}_{i}" for kind in KINDS for i in range(len(layers)))))
 
     def save():
+        state["peak_gib"] = largest(state.get("peak_gib"), peak_gib(device))
         write_atomically(out / "last.pt", lambda f: torch.save(dict(
             model={name: p.detach() for name, p in maps_of(model).items()}, optimizer=optimizer.state_dict(),
             state=state, config=asdict(config), model_config=asdict(model.config), meta=data["meta"]), f))
@@ -383,12 +367,12 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
             if step % config.eval_every == 0 or step == config.steps:
                 report = faithfulness(model, data["valid"], config, device, autocast, loss)
                 means = [mean_of_layers(report[kind], model.config.softmax_layers) for kind in KINDS]
-                stop_if_not_finite(means[0], step, config)
+                stop_if_not_finite(means[0], step, config, "--distill-lr")
                 say(f"step {step:5d}  KL {means[2]:.4f} nats, by layer " + " ".join(f"{x:.3f}" for x in report["kl"]))
                 save()
                 log.write((step, step * config.batch_size * config.block_size, learning_rate(step, config),
                            state["loss_sum"] / max(1, state["loss_count"]), *means, state["seconds"],
-                           *about.values(), *(x for kind in KINDS for x in report[kind])))
+                           state["peak_gib"], *about.values(), *(x for kind in KINDS for x in report[kind])))
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
@@ -398,7 +382,7 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
             idx, _ = get_batch(data["train"], config, step, 0, 1, device)
             losses = imitate(model, idx, autocast, loss, learn=True)
             cross_entropy, entropy = losses[model.config.softmax_layers:].mean(dim=0).tolist()
-            stop_if_not_finite(cross_entropy, step, config)
+            stop_if_not_finite(cross_entropy, step, config, "--distill-lr")
             for layer in layers:  # layers are problems of their own: a wild one must not slow the others down
                 torch.nn.utils.clip_grad_norm_(layer, config.clip)
             optimizer.step()
@@ -412,7 +396,7 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
                 say(f"stopped after step {step + 1}, saved: {how} to go on")
                 raise SystemExit(130)
     model.requires_grad_(True)
-    return state["seconds"], report
+    return report | dict(seconds=state["seconds"], peak_gib=state["peak_gib"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,16 +413,17 @@ def stage_config(config, model, stage, **changes):
     return TrainConfig(**given | dict(warmup=round(config.warmup * given["steps"]), resume=resume))
 
 
-def references(rows, tokens=None):
-    """The rows of the plain teacher, finetuned (for so many tokens)."""
+def references(rows, lora_rank, tokens=None):
+    """The rows of the plain teacher, finetuned with updates of that rank (for so many tokens)."""
     return [row for row in rows if row["attention"] == "softmax" and row["stage"] == "finetuned"
-            and not row.get("short_conv") and not row.get("window") and tokens in (None, row["tokens"])]
+            and row.get("lora_rank", 0) == lora_rank and not row.get("short_conv") and not row.get("window")
+            and tokens in (None, row["tokens"])]
 
 
 def ratio(row, rows):
-    """Its perplexity over that of the best teacher that was finetuned for as many tokens (a row of another stage: for
-    any), on the test split if there is one. None without such a teacher, or if that was not measured there."""
-    beside = references(rows, row["tokens"] if row["stage"] == "finetuned" else None)
+    """Its perplexity over that of the best teacher that was finetuned likewise for as many tokens (a row of another
+    stage: for any), on the test split if there is one. None without one, or if that was not measured there."""
+    beside = references(rows, row.get("lora_rank", 0), row["tokens"] if row["stage"] == "finetuned" else None)
     ppl = "valid_ppl" if row["test_ppl"] is None else "test_ppl"
     best = min(beside, key=lambda r: r["valid_nats"])[ppl] if beside else None
     return row[ppl] / best if best else None
@@ -446,10 +431,11 @@ def ratio(row, rows):
 
 class Results:
     """summary.json of --out: a row for each stage of each conversion, whatever run made it. Its seconds and peak_gib
-    are those of the training, and of the evaluation where nothing was trained (teacher and swapped)."""
+    are those of the training, and of the evaluation where nothing was trained (teacher and swapped); its command is the
+    one that began the conversion."""
 
     def __init__(self, folder, device):
-        self.path, self.device = folder / "summary.json", device
+        self.path, self.device, self.command, self.resumed = folder / "summary.json", device, "", 0
         self.rows = self.read()
 
     def read(self):
@@ -463,12 +449,19 @@ class Results:
     def find(self, **values):
         return [row for row in self.rows if values.items() <= row.items()]
 
+    def change(self, change):
+        with lock_folder(self.path.parent, wait=True):
+            self.rows = change(self.read())  # a conversion beside this one may have added some
+            save_json(self.path, self.rows)
+
+    def rename(self, old, new):
+        self.change(lambda rows: [r | dict(name=new) if r["name"] == old else r for r in rows])
+
     def add(self, **row):
-        self.rows = self.read()  # a conversion beside this one may have added some
-        replaced = self.find(name=row["name"], stage=row["stage"], tokens=row["tokens"])
-        row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device)
-        self.rows = [r for r in self.rows if r not in replaced] + [row]
-        save_json(self.path, self.rows)
+        key = {k: row[k] for k in ("name", "stage", "tokens")}.items()
+        row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device, self.command)
+        row["resumed"] = self.resumed
+        self.change(lambda rows: [r for r in rows if not key <= r.items()] + [row])
         tqdm.write(f"{row['name']}, {row['stage']}: valid {row['valid_nats']:.4f} nats, "
                    f"perplexity {row['valid_ppl']:.2f}")
 
@@ -500,6 +493,7 @@ def convert(config, *, held):
     device, dtype, why = pick_device(config.device, config.dtype)
     autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
     meta = find_data(config, rank=0, world=1)["meta"]  # what it lacks is better told before a download than after
+    encode_prompt(load_tokenizer(meta["tokenizer"]), config.prompt)
     if config.teacher in GPT2:
         check_text(meta, GPT2_TOKENS, None)
     check_can_be_made(folder / name, "--out")
@@ -521,42 +515,44 @@ def convert(config, *, held):
 
     say(f"{name}: {config.teacher or 'the tiny softmax model'} with {config.attention} attention, on {why}")
     results, base = Results(folder, device), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
-    before = measure(teacher)
-    del teacher
-    for row in results.find(**base):
-        if abs(row["valid_nats"] - before["valid_nats"]) > 0.01:  # a GPU and a CPU differ by less
+    known, done = results.find(**base), {row["stage"] for row in results.find(name=name) if config.resume}
+    if not known or "finetuned" not in done:
+        before = measure(teacher)
+        if any(abs(row["valid_nats"] - before["valid_nats"]) > 0.01 for row in known):  # a GPU and a CPU differ by less
             raise ValueError(f"{folder} holds results of another teacher, text or block size: choose another --out")
-    start_run(folder / name, config, device, say, held)
-    if not results.find(**base):
+    del teacher
+    start_run(folder / name, config, results, say, held)
+    if not known:
         results.add(**base, **before)
-    n_tokens = config.steps * config.batch_size * stage2.block_size
-    if config.reference and not is_plain(config) and config.steps and not references(results.rows, n_tokens):
+    beside = references(results.rows, config.lora_rank, config.steps * config.batch_size * stage2.block_size)
+    if config.reference and not is_plain(config) and config.steps and not beside:
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
         reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0, softmax_layers=0,
                             window=0, hybrid_window=0)
-        results = convert(replace(reference, resume=config.resume and was_begun(reference)))
+        results.rows = convert(replace(reference, resume=config.resume and was_begun(reference))).rows
 
-    row = dict(name=name, attention=config.attention, short_conv=config.short_conv,
-               softmax_layers=config.softmax_layers, window=config.window, hybrid_window=config.hybrid_window)
-    if config.attention != "softmax":
-        student, learns = student.to(device), bool(maps_of(student))
-        if not config.maps:
+    told = ("attention", "short_conv", "softmax_layers", "window", "hybrid_window", "lora_rank")
+    row = dict(name=name, **{k: getattr(config, k) for k in told})
+    if config.attention != "softmax" and "finetuned" not in done:
+        student, tokens = student.to(device), stage1.steps * stage1.batch_size * stage1.block_size
+        if not config.maps and "swapped" not in done:
             kl = faithfulness(student, data["valid"], stage1, device, autocast)
             results.add(**row, stage="swapped", tokens=0, **measure(student), **kl)
-        if config.distill_steps and not learns:
+        if config.distill_steps and not maps_of(student):
             say(f"{config.attention} has no parameters that could be distilled: stage 1 is skipped")
+        elif "distilled" in done:
+            load_maps(student, Path(stage1.out) / "last.pt")
         elif config.distill_steps or config.maps:
             reset_peak(device)
-            seconds, kl = distill(student, data, stage1, device, autocast, say)
-            cost = dict(tokens=stage1.steps * stage1.batch_size * stage1.block_size, seconds=seconds,
-                        peak_gib=peak_gib(device))
-            results.add(**row, stage="distilled", **measure(student) | kl | cost)
-    reset_peak(device)
-    summary = train(stage2, student)
-    if config.steps:
-        kept = ("parameters", "tokens", "best_step", *before)
-        summary["seconds"] = summary["train_seconds"]
-        results.add(**row, stage="finetuned", **{k: summary[k] for k in kept})
+            found = distill(student, data, stage1, device, autocast, say, command=results.command)
+            results.add(**row, stage="distilled", tokens=tokens, **measure(student) | found)
+    if "finetuned" not in done:
+        reset_peak(device)
+        summary = train(stage2, student, command=results.command)
+        if config.steps:
+            kept = ("parameters", "tokens", "best_step", *before)
+            summary["seconds"] = summary["train_seconds"]
+            results.add(**row, stage="finetuned", **{k: summary[k] for k in kept})
     if config.export:
         gpt2_files().export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
         say(f"wrote {config.export}")
@@ -577,16 +573,10 @@ def check_text(meta, vocab_size, tokenizer):
 
 
 def check_can_be_made(folder, flag):
-    """Make the folder and take it away again: that it cannot be made is told now, and not after hours."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"{flag}: {folder} cannot be made ({e.strerror}): choose another folder") from e
-    finally:
-        for path in missing:
-            with suppress(OSError):  # it was not made, or another conversion writes there by now
-                path.rmdir()
+    """That it cannot be made is told now, and not after hours."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{flag}: {folder} cannot be made, {there} takes no files: choose another folder")
 
 
 def was_begun(config):
@@ -597,15 +587,19 @@ def was_begun(config):
     return True
 
 
-def start_run(run, config, device, say, held):
-    there = run.exists()
+def start_run(run, config, results, say, held):
+    there, path = run.exists(), run / "config.json"
     held.enter_context(lock_folder(run))
     if there and not config.resume:
         stage2 = run / "finetuned"  # which train_gpt.py --resume may be going on with
         with lock_folder(stage2) if stage2.exists() else nullcontext():
-            move_aside(run, say)
+            results.rename(run.name, move_aside(run, say).name)
         held.enter_context(lock_folder(run))
-    save_json(run / "config.json", dict(config=asdict(config), **provenance(device)))
+    elif not config.resume and results.find(name=run.name):  # of a folder that was deleted
+        results.change(lambda rows: [r for r in rows if r["name"] != run.name])
+    first = json.loads(path.read_text()) if config.resume else provenance(results.device) | dict(resumed=-1)
+    results.command, results.resumed = first["command"], first.get("resumed", 0) + 1
+    save_json(path, first | dict(config=asdict(config), resumed=results.resumed))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ from pathlib import Path
 import torch
 
 from data.prepare import load_tokenizer
-from train_gpt import cli, encode_prompt, load_model, pick_device
+from train_gpt import best_of, cli, encode_prompt, load_model, pick_device
 
 
 def sample(checkpoint, prompt="\n", tokens=500, temperature=0.8, top_k=50, seed=0, device="auto",
            write=sys.stdout.write):
     """Stream `tokens` tokens after the prompt to `write`. Returns the whole text, prompt included."""
-    path = Path(checkpoint)
-    if path.is_dir():  # a run of train_gpt.py, or of convert_gpt2.py
-        path = next((p for p in (path / "best.pt", path / "finetuned/best.pt") if p.exists()), path / "best.pt")
+    path = best_of(Path(checkpoint))
     device, _, why = pick_device(device, "float32")
     model, saved = load_model(path, device)
     tokenizer = load_tokenizer(saved["meta"]["tokenizer"])

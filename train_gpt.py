@@ -70,7 +70,39 @@ def opt(default, help, choices=None):
 
 
 @dataclass
-class TrainConfig:
+class Options:
+    """What train_gpt.py and convert_gpt2.py have in common; --help tells it last."""
+    # model
+    dropout: float = opt(0.0, "on the embedding and, for softmax, the attention weights")
+    feature_bias: bool = opt(False, "bias in the feature maps")
+    tie_qk: bool = opt(False, "one feature map for queries and keys")
+    temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
+    map_scale: float = opt(1.0, "feature maps start from this times the identity")
+    learn_temperature: bool = opt(False, "one more learned number a head and map, exp(number) times W")
+    chunk_size: int = opt(64, "tokens whose attention weights are formed at once (linear attention)")
+    segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
+    softmax_layers: int = opt(0, "the first layers, which attend by softmax whatever --attention says; 0 in the paper")
+    window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
+    hybrid_window: int = opt(0, "tokens that every linear layer sees by softmax, and older ones by its map, not in the "
+                             "paper; 0: none")
+    lora_rank: int = opt(0, "train low-rank updates of the attention's projections and nothing else; 0: all weights")
+    seed: int = opt(0, "of the initial weights, the order of the data and dropout")
+    # machine
+    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = opt("auto", "of the matrix products; auto: bfloat16 where the GPU has it",
+                     ("auto", "float32", "bfloat16"))
+    compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
+    prompt: str = opt("The ", "beginning of the sample at the end")
+    sample_tokens: int = opt(200, "length of that sample")
+
+    def __post_init__(self):
+        check_least(self, softmax_layers=0, window=0, lora_rank=0, seed=0, sample_tokens=0)
+        if not math.isfinite(self.temperature * self.map_scale):
+            raise ValueError(f"--temperature {self.temperature} and --map-scale {self.map_scale} must be finite")
+
+
+@dataclass
+class TrainConfig(Options):
     preset: str = opt("tiny", "named set of defaults; any flag overrides it",
                       ("tiny", "wikitext103", "wikitext103-fast"))
     attention: str = opt("hedgehog", "softmax, or a feature map; of Hedgehog's two, hedgehog_exp is the better",
@@ -83,21 +115,9 @@ class TrainConfig:
     n_head: int = opt(4, "heads a layer")
     n_embd: int = opt(128, "model width, a multiple of --n-head")
     block_size: int = opt(256, "context length in tokens")
-    dropout: float = opt(0.0, "on the embedding and, for softmax, the attention weights")
     bias: bool = opt(True, "biases in linear layers and norms")
     tie_head: bool = opt(True, "one matrix for the embedding and the output")
-    feature_bias: bool = opt(False, "bias in the feature maps")
-    tie_qk: bool = opt(False, "one feature map for queries and keys")
-    temperature: float = opt(1.0, "of the exp map: exp(temperature x)")
-    map_scale: float = opt(1.0, "feature maps start from this times the identity")
-    learn_temperature: bool = opt(False, "one more learned number a head and map, exp(number) times W")
-    chunk_size: int = opt(64, "tokens whose attention weights are formed at once (linear attention)")
-    segment_size: int = opt(256, "tokens whose features are held at once while training; 0: all, faster, more memory")
     short_conv: int = opt(0, "tokens that a convolution of q, k and v reaches over, not in the paper; 0: none")
-    softmax_layers: int = opt(0, "the first layers, which attend by softmax whatever --attention says; 0 in the paper")
-    window: int = opt(0, "tokens that --softmax-layers look back over, linear in the length then; 0: all")
-    hybrid_window: int = opt(0, "tokens that every linear layer sees by softmax, and older ones by its map, not in the "
-                             "paper; 0: none")
     # optimisation
     steps: int = opt(1000, "optimizer steps; with --resume a larger number trains a finished run further")
     batch_size: int = opt(8, "sequences a step, over all processes and micro-batches")
@@ -110,20 +130,15 @@ class TrainConfig:
     map_decay: bool = opt(True, "also on the feature maps, whose W it pulls from the identity towards zero")
     beta2: float = opt(0.99, "AdamW's second moment")
     clip: float = opt(1.0, "largest norm of the gradient")
-    lora_rank: int = opt(0, "train low-rank updates of the attention's projections and nothing else; 0: all weights")
-    seed: int = opt(0, "of the initial weights, the order of the data and dropout")
-    # machine
-    device: str = opt("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
-    dtype: str = opt("auto", "of the matrix products; auto: bfloat16 where the GPU has it",
-                     ("auto", "float32", "bfloat16"))
-    compile: bool = opt(False, "torch.compile: a minute more at the start, much faster on a GPU")
     eval_every: int = opt(200, "steps between evaluations, each of which also writes a checkpoint")
-    prompt: str = opt("The ", "beginning of the sample at the end")
-    sample_tokens: int = opt(200, "length of that sample")
 
     def __post_init__(self):
+        super().__post_init__()
         check_least(self, steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, final_lr=0,
-                    weight_decay=0, seed=0, lora_rank=0, sample_tokens=0)
+                    weight_decay=0)
+        if self.lora_rank > self.n_embd:
+            raise ValueError(f"--lora-rank {self.lora_rank} is no low rank for matrices of width {self.n_embd}: take "
+                             "at most that")
         if self.seed >= 2 ** 31 or not 0 <= self.beta2 < 1 or not self.clip > 0:
             raise ValueError("--seed must be below 2^31, --beta2 in [0, 1) and --clip above 0 (inf: no clipping), got "
                              f"{self.seed}, {self.beta2} and {self.clip}")
@@ -160,7 +175,7 @@ def parse_config(config_class, presets=None, argv=None, saved_config=saved_confi
     """Command line -> config. Flags come first, then the run that --resume goes on with, then the preset."""
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__.split("\n")[0],
                                      formatter_class=HelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(config_class):
+    for f in sorted(dataclasses.fields(config_class), key=lambda f: f.name not in config_class.__annotations__):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         if f.type is tuple:                                                               # several values, of one type
             kind = dict(type=type(f.default[0]), nargs="+")
@@ -468,6 +483,12 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
+def best_of(path):
+    """The best.pt in the folder of a run, or of a conversion; a .pt file itself."""
+    inside = (path / "best.pt", path / "finetuned/best.pt")
+    return path if path.suffix == ".pt" else next((p for p in inside if p.exists()), inside[0])
+
+
 def device_name(device):
     """The chip's own name."""
     if device.type == "cuda":
@@ -480,8 +501,8 @@ def device_name(device):
     return f"Apple GPU of {cpu}" if device.type == "mps" else f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def provenance(device):
-    """What a result needs to be trusted: command, commit, versions, device."""
+def provenance(device, command=""):
+    """What a result needs to be trusted: command (default: this process'), commit, versions, device."""
     try:
         git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -491,7 +512,7 @@ def provenance(device):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nodes = f"--nnodes {world // local} " if world > local else ""
     start, devices = (f"torchrun {nodes}--nproc-per-node {local}", f"{world} x ") if world > 1 else ("python", "")
-    return dict(command=" ".join([start, *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
+    return dict(command=command or " ".join([start, *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
                 python=platform.python_version(), device=devices + device_name(device))
 
 
@@ -547,9 +568,6 @@ class LowRankLinear(nn.Linear):
 
 def add_lora(model, rank):
     """Freeze the GPT `model` and give the attention's projections, c_attn (q, k, v) and c_proj, low-rank updates."""
-    smallest = model.config.n_embd
-    if rank > smallest:
-        raise ValueError(f"--lora-rank {rank} is no low rank for matrices of width {smallest}: take at most that")
     model.requires_grad_(False)
     for block in model.transformer.h:
         block.attn.c_attn = LowRankLinear(block.attn.c_attn, rank)
@@ -607,11 +625,12 @@ def send_home(values):
     return copy, arrived
 
 
-def stop_if_not_finite(value, step, config):
+def stop_if_not_finite(value, step, config, lr="--lr"):
     if not math.isfinite(value):
+        out = run_folder(config)
+        good = f"; the last checkpoint in {out} is good" if (out / "last.pt").exists() else ""
         raise ValueError(f"the loss or its gradient is {value} at step {step}, learning rate "
-                         f"{learning_rate(step, config):.2g}; the last checkpoint in {run_folder(config)} is good: "
-                         "lower --lr or lengthen --warmup")
+                         f"{learning_rate(step, config):.2g}{good}: lower {lr} or lengthen --warmup")
 
 
 def holding(f):
@@ -624,10 +643,11 @@ def holding(f):
 
 
 @holding
-def train(config, model=None, *, held):
+def train(config, model=None, how="add --resume to the command", command="", *, held):
     """Train, evaluate, save and sample as `config` says. Returns what is also written to summary.json.
 
-    model: the GPT to start from, of the shape that `config` says; default: a new one.
+    model: the GPT to start from, of the shape that `config` says; default: a new one. `how` one goes on after Ctrl-C,
+    and the `command` that began it all, are what a caller knows.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
     device, dtype, why = pick_device(config.device, config.dtype)
@@ -663,7 +683,7 @@ def train(config, model=None, *, held):
         for name in names[1:]:
             second_name(out / names[0], out / name)
 
-    first, about = state["step"], provenance(device)
+    first, about = state["step"], provenance(device, command)
     kept = first % config.eval_every > 0 and first < config.steps  # a finished run's last row is not written again
     log = Log(out / "log.csv", first + kept) if rank == 0 else None
     state.setdefault("commands", []).append(about["command"])
@@ -715,7 +735,7 @@ def train(config, model=None, *, held):
             if over_processes([len(received)], device, world)[0]:
                 settle(0)
                 save("last.pt")
-                say(f"stopped after step {step + 1}, saved: add --resume to the command to go on")
+                say(f"stopped after step {step + 1}, saved: {how} to go on")
                 raise SystemExit(130)
     summary = None
     if rank == 0:
@@ -748,7 +768,7 @@ def build(config, meta, device, model=None):
         model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
     if config.lora_rank:
         add_lora(model, config.lora_rank)
-    model = model.to(device)
+    model = model.to(device).train()
     optimizer = make_optimizer(model, config, device)
     if not config.resume:
         return model, optimizer, dict(step=0, best=math.inf, loss_sum=0.0, loss_count=0, seconds=0.0)
@@ -782,9 +802,11 @@ def start_folder(out, config, model, meta, device, say, held):
 
 
 def move_aside(out, say):
+    """Returns where it is now."""
     aside = next(p for i in range(1, 10 ** 6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
     out.rename(aside)
     say(f"{out} held an earlier run: it is now {aside}")
+    return aside
 
 
 def finish(config, model, data, out, device, autocast, micro, state, tokens_per_second, about, world):

@@ -42,6 +42,7 @@ def download_teacher(name):
             if not path.exists():
                 remedy = f"get {url} elsewhere and put it at {path}"
                 download([url], path, partial(is_whole, expected=hub_sha256(url)), remedy)
+            if not sha256_record(path).exists():
                 save_sha256(path)
     finally:
         with suppress(OSError):
@@ -85,24 +86,29 @@ def file_sha256(path):
         return sha256(f)
 
 
+def sha256_record(path):
+    return path.with_name(path.name + ".sha256")
+
+
 def save_sha256(path):
     """Beside the file, as `sha256sum --check` reads it: what is changed later is noticed."""
     text = f"{file_sha256(path)}  {path.name}\n"
-    write_atomically(path.with_name(path.name + ".sha256"), lambda f: f.write(text.encode()))
+    write_atomically(sha256_record(path), lambda f: f.write(text.encode()))
 
 
 def load_gpt2(folder):
     """A GPT, softmax or linear, from a folder with model.safetensors and config.json: GPT-2's own, or of --export.
-    Both have a model.safetensors.sha256, which is checked; without one any weights of the right shapes are taken."""
+    Both have a .sha256 beside each file, which is checked; without it any weights of the right shapes are taken."""
     folder = Path(folder)
     config_path, path = folder / "config.json", folder / "model.safetensors"
     for needed in (config_path, path):
         if not needed.exists():
             raise ValueError(f"{folder} has no {needed.name}: it must hold config.json and model.safetensors")
+        record = sha256_record(needed)
+        if record.exists() and record.read_text().split()[:1] != [file_sha256(needed)]:
+            raise ValueError(f"{needed} is not the file that {record.name} beside it tells of: delete both and get it "
+                             "again")
     model = GPT(gpt2_config(config_path)).eval()
-    record = path.with_name(path.name + ".sha256")
-    if record.exists() and record.read_text().split()[:1] != [file_sha256(path)]:
-        raise ValueError(f"{path} is not the file that {record.name} beside it tells of: delete both and get it again")
     expected = dict([*model.named_parameters(), *model.named_buffers()])
     try:
         with safe_open(path, "pt") as f, torch.no_grad():
@@ -175,13 +181,14 @@ def export(model, folder):
         tensors = [*model.named_parameters(), *model.named_buffers()]
         save_file({n: conv1d(n, p.detach()).cpu().contiguous() for n, p in tensors}, part / "model.safetensors",
                   metadata={"format": "pt"})
-        save_sha256(part / "model.safetensors")
         plain = c.attention == "softmax" and c.bias and not c.short_conv and not c.window
         save_json(part / "config.json", dict(
             model_type="gpt2" if plain else "hedgehog_gpt2", architectures=["GPT2LMHeadModel" if plain else "GPT"],
             vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=c.tie_head,
             hedgehog=asdict(c)))
+        for name in ("model.safetensors", "config.json"):
+            save_sha256(part / name)
         os.replace(part, folder)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"could not write {folder} ({e}): free some space or choose another --export") from e

@@ -26,7 +26,7 @@ import data
 import train_gpt
 from conftest import stop_after
 from convert_gpt2 import PRESETS, ConvertConfig, convert, imitate, imitation_loss, maps_of, saved_config, swap
-from data import gpt2_weights
+from data import gpt2_weights, prepare
 from data.gpt2_weights import export, load_gpt2
 from data.prepare import main as prepare_main
 from hedgehog import GPT, FeatureMap, GPTConfig, linear_attention
@@ -410,7 +410,7 @@ def test_first_layers_that_keep_softmax_are_not_distilled(command, tmp_path, tea
     assert distilled["kl"][1] == pytest.approx(every["kl"][1], rel=1e-6)
     # Softmax with a window is another model, and no reference.
     rows = command("--attention", "softmax", "--softmax-layers", "2", "--window", "8").find(stage="finetuned")
-    assert rows[-1]["name"] == "softmax-first2x8" and rows[-1] not in convert_gpt2.references(rows)
+    assert rows[-1]["name"] == "softmax-first2x8" and rows[-1] not in convert_gpt2.references(rows, 0)
     with pytest.raises(ValueError, match="first layers see 8 tokens: give one with plain softmax"):
         command("--teacher", str(tmp_path / "table/softmax-first2x8/finetuned/best.pt"), "--out", str(tmp_path / "b"))
 
@@ -491,6 +491,66 @@ def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch, name
     assert [[r[k] for k in keys] for r in a] == [[r[k] for k in keys] for r in b]
 
 
+def test_a_resumed_conversion_tells_of_what_began_it_and_makes_no_row_again(command, tmp_path, monkeypatch):
+    def at(device, *flags):
+        monkeypatch.setattr(sys, "argv", ["convert_gpt2.py", *flags])
+        monkeypatch.setattr(train_gpt, "device_name", lambda _: device)
+
+    out, first = tmp_path / "table", "python convert_gpt2.py --first"
+    at("GPU", "--first")
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(convert_gpt2, "interrupts", lambda say: stop_after(1))
+        command("--no-reference")
+    swapped = json.loads((out / "summary.json").read_text())[1]
+    for path in (out / "hedgehog/distilled").iterdir():
+        path.unlink()  # as if it had been killed before its first checkpoint
+    at("CPU", "--resume")
+    rows = command("--resume").rows
+    assert [(r["stage"], r["command"], r["device"], r["resumed"]) for r in rows] == [
+        ("teacher", first, "GPU", 0), ("swapped", first, "GPU", 0), ("distilled", first, "CPU", 1),
+        ("finetuned", first, "CPU", 1)]
+    assert rows[1] == swapped                                            # to the last digit of its seconds
+    about = json.loads((out / "hedgehog/config.json").read_text())
+    assert (about["command"], about["device"], about["resumed"]) == (first, "GPU", 1)
+    stages = [out / "hedgehog" / stage for stage in ("distilled", "finetuned")]
+    assert all(row["command"] == first for stage in stages for row in log_rows(stage / "log.csv"))
+    assert json.loads((stages[1] / "summary.json").read_text())["command"] == first
+    before = {path: path.read_bytes() for path in [out / "summary.json", *(p for s in stages for p in s.iterdir())]}
+    at("laptop", "--resume", "--export")
+    for name in ("evaluate_splits", "imitate"):
+        monkeypatch.setattr(convert_gpt2, name, None)                    # nothing is measured
+    assert command("--resume", "--export", str(tmp_path / "exported")).rows == rows
+    assert {path: path.read_bytes() for path in before} == before and (tmp_path / "exported").exists()
+
+
+def test_peak_memory_of_a_distillation_is_that_of_its_steps_also_after_a_resumption(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_gpt2, "peak_gib", lambda device: 9.0)
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(convert_gpt2, "interrupts", lambda say: stop_after(6))
+        command("--no-reference")
+    monkeypatch.setattr(convert_gpt2, "peak_gib", lambda device: 1.0)    # of the evaluation, which is all that is left
+    assert command("--resume").find(stage="distilled")[0]["peak_gib"] == 9.0
+    assert {row["peak_gib"] for row in log_rows(tmp_path / "table/hedgehog/distilled/log.csv")} == {"9"}
+
+
+def test_maps_that_diverge_name_their_own_rate_and_a_checkpoint_if_there_is_one(command, tmp_path, monkeypatch):
+    real = convert_gpt2.imitate
+    monkeypatch.setattr(convert_gpt2, "imitate", lambda *args, learn=False: real(*args) * (math.nan if learn else 1))
+    with pytest.raises(ValueError, match="at step 0, .*the last checkpoint in .* is good: lower --distill-lr or"):
+        command("--no-reference")
+    monkeypatch.setattr(convert_gpt2, "mean_of_layers", lambda *_: math.nan)              # in the first evaluation
+    with pytest.raises(ValueError, match="at step 0, learning rate 0.03: lower --distill-lr or lengthen --warmup"):
+        command("--no-reference")
+
+
+def test_dropout_is_on_while_finetuning_a_distilled_model(command, tmp_path, monkeypatch):
+    training, real = [], train_gpt.train_step
+    monkeypatch.setattr(train_gpt, "train_step", lambda model, *rest: training.append(model.training) or
+                        real(model, *rest))
+    command("--no-reference", "--dropout", "0.1")
+    assert training == 4 * [True]
+
+
 def test_two_conversions_do_not_write_to_one_folder(command, tmp_path):
     run = tmp_path / "table" / "hedgehog"
     for held in (run, run / "finetuned"):  # by another conversion; by `train_gpt.py --resume`
@@ -511,8 +571,8 @@ def test_the_result_is_sampled_and_trained_further(command, tmp_path, flags):
     longer = parse_config(TrainConfig, train_gpt.PRESETS, ["--out", str(out), "--resume", "--steps", "6"])
     train(longer)
     assert load_checkpoint(out / "last.pt")["state"]["step"] == 6 and longer.lora_rank == 2 * bool(flags)
-    with pytest.raises(ValueError, match="has made 6 of its 6 steps"):  # which are not the conversion's
-        command("--resume")
+    (row,) = command("--resume").find(stage="finetuned")  # whose steps are the conversion's
+    assert row["tokens"] == 4 * 4 * 32
 
 
 @pytest.mark.parametrize("flags", [["--attention", "elu"], ["--attention", "performer"], ["--attention", "cosformer"],
@@ -552,6 +612,18 @@ def test_conversions_that_run_side_by_side_keep_each_others_rows(tmp_path):
     assert [row["name"] for row in one.rows] == ["elu", "relu", "t2r"]
 
 
+def test_a_row_waits_until_another_conversion_has_written_its_own(tmp_path):
+    results = convert_gpt2.Results(tmp_path, CPU)
+    row = dict(name="elu", attention="elu", stage="swapped", tokens=0, valid_nats=1.0, valid_ppl=math.e)
+    adding = threading.Thread(target=lambda: results.add(**row))
+    with train_gpt.lock_folder(tmp_path):
+        adding.start()
+        adding.join(0.2)
+        assert adding.is_alive() and not results.path.exists()
+    adding.join()
+    assert [r["name"] for r in results.read()] == ["elu"]
+
+
 def test_maps_of_an_earlier_run_are_taken_over_and_measured_elsewhere(command, tmp_path):
     first = command("--no-reference", "--block-size", "16").find(stage="distilled")[0]
     path = str(tmp_path / "table" / "hedgehog" / "distilled" / "last.pt")
@@ -568,8 +640,24 @@ def test_a_conversion_of_another_length_gets_a_reference_of_that_length(command)
     flags = ["--distill-steps", "0", "--steps"]
     command(*flags, "1")
     rows = command(*flags, "2", "--name", "longer").rows
-    assert [r["tokens"] for r in convert_gpt2.references(rows)] == [128, 256]
+    assert [r["tokens"] for r in convert_gpt2.references(rows, 0)] == [128, 256]
     assert len(command(*flags, "2", "--name", "again").rows) == len(rows) + 2              # that has one already
+
+
+def test_low_rank_updates_are_compared_with_low_rank_updates(command):
+    flags = ["--distill-steps", "0", "--steps", "1"]
+    full = command(*flags).rows
+    rows = command(*flags, "--lora-rank", "2").rows
+    found = {(r["name"], r["stage"], r["lora_rank"]): r for r in rows[1:]}
+    names = "softmax-1", "softmax", "hedgehog-undistilled-1", "hedgehog-undistilled"
+    assert {key for key in found if key[1] == "finetuned"} == {(n, "finetuned", 2 * (n[-1] != "1")) for n in names}
+    for n in ("", "-1"):
+        pair = [found[f"{name}{n}", "finetuned", 2 * (n == "")] for name in ("hedgehog-undistilled", "softmax")]
+        assert convert_gpt2.ratio(pair[0], rows) == pair[0]["test_ppl"] / pair[1]["test_ppl"]
+    for r in full[1:]:  # of before this was told: all weights
+        del r["lora_rank"]
+    assert convert_gpt2.ratio(full[-1], full) == pytest.approx(full[-1]["test_ppl"] / full[1]["test_ppl"])
+    assert convert_gpt2.ratio(full[-1] | dict(lora_rank=2), full) is None
 
 
 def test_both_stages_read_on_in_the_text(command, monkeypatch):
@@ -587,8 +675,13 @@ def test_the_default_trains_its_teacher_first(tmp_path, monkeypatch, text_dir, c
     monkeypatch.setitem(train_gpt.PRESETS, "tiny", dict(small, steps=2, data=str(text_dir)))
     config = parse_config(ConvertConfig, PRESETS, [*SMALL, "--data", str(text_dir)])
     assert (config.teacher, config.out, config.preset) == ("", "", "tiny")
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train_gpt, "interrupts", lambda say: stop_after(1))
+        convert(config)
+    stopped = capsys.readouterr().out
     convert(config)
     first = capsys.readouterr().out
+    assert "saved: give the same command again to go on" in stopped
     convert(replace(config, name="again"))
     assert "training it first" in first and "training it first" not in capsys.readouterr().out
     assert (tmp_path / "runs/tiny-softmax/summary.json").exists()
@@ -675,8 +768,8 @@ def test_low_rank_updates_start_at_nothing_train_alone_and_merge_into_plain_weig
     other = small_gpt()
     other.load_state_dict(merged)
     torch.testing.assert_close(other(idx)[0], after, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="--lora-rank 17"):
-        add_lora(small_gpt(), 17)
+    with pytest.raises(ValueError, match="--lora-rank 17 is no low rank for matrices of width 16"):
+        TrainConfig(n_embd=16, lora_rank=17)
 
 
 def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path):
@@ -714,12 +807,17 @@ def test_an_exported_model_is_read_back_to_the_last_bit(tmp_path, options):
     said = json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"]  # what transformers goes by
     assert said == ("gpt2" if plain else "hedgehog_gpt2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exported"]
+    assert sorted(p.name for p in (tmp_path / "exported").iterdir()) == [
+        name + end for name in ("config.json", "model.safetensors") for end in ("", ".sha256")]
 
 
 def test_an_exported_softmax_model_is_a_teacher_and_a_linear_one_is_not(command, tmp_path):
     command("--attention", "softmax", "--export", str(tmp_path / "softmax"))
     rows = command("--teacher", str(tmp_path / "softmax"), "--out", str(tmp_path / "other"), "--no-reference").rows
     assert [r["stage"] for r in rows] == ["teacher", "swapped", "distilled", "finetuned"]
+    folder = ["--teacher", str(tmp_path / "table" / "softmax"), "--out", str(tmp_path / "of the folder"), "--data", ""]
+    again = command(*folder, "--no-reference").rows               # the same teacher, whose text is known here
+    assert [r["valid_nats"] for r in again] == [r["valid_nats"] for r in rows]
     command("--export", str(tmp_path / "linear"))
     with pytest.raises(ValueError, match="linear already"):
         command("--teacher", str(tmp_path / "linear"))
@@ -825,6 +923,11 @@ def tamper(folder):
     change_tensors(lambda tensors: tensors["wte.weight"].add_(1))(folder)
 
 
+def tamper_config(folder):
+    gpt2_weights.save_sha256(folder / "config.json")
+    change_config(n_head=4)(folder)  # which fits every shape
+
+
 def transpose(tensors):
     tensors["h.1.mlp.c_fc.weight"] = tensors["h.1.mlp.c_fc.weight"].T.contiguous()
 
@@ -839,6 +942,7 @@ BAD_FOLDERS = {
     "cut": (cut, "truncated or no safetensors file.*get it again"),
     "not safetensors": (lambda f: (f / "model.safetensors").write_text("<html>"), "truncated or no safetensors file"),
     "tampered": (tamper, "not the file that model.safetensors.sha256"),
+    "a tampered config": (tamper_config, "config.json is not the file that config.json.sha256 beside it tells of"),
     "missing": (change_tensors(lambda t: t.pop("h.0.ln_1.bias")),
                 r"missing: transformer\.h\.0\.ln_1\.bias; left over: none"),
     "left over": (change_tensors(lambda t: t.update(extra=torch.zeros(1))),
@@ -936,6 +1040,16 @@ def test_gpt2_is_downloaded_once_in_pieces_and_converted(hub, command, tmp_path,
                        hub_folder[1].lm_head.weight)
 
 
+def test_a_file_whose_record_was_not_written_gets_it_at_the_next_use(hub, monkeypatch, tmp_path):
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(gpt2_weights, "save_sha256", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        gpt2_weights.download_teacher("gpt2")
+    folder = tmp_path / "here/data/gpt2"
+    assert [p.name for p in folder.iterdir()] == ["config.json"]
+    gpt2_weights.download_teacher("gpt2")
+    assert {p.name for p in folder.iterdir()} == {name + end for name in hub.files for end in ("", ".sha256")}
+
+
 def test_a_download_that_is_not_what_the_hub_announced_is_refused_and_leaves_no_file(hub, command, tmp_path):
     hub.files["model.safetensors"] = hub.files["model.safetensors"][:-1] + b"?"
     with pytest.raises(ValueError, match="another file, or a damaged one.*put it at"):
@@ -976,9 +1090,10 @@ BAD_FLAGS = {
     "accum": (["--accum", "3"], "--batch-size 4 must be a multiple of --accum 3"),
     "no maps": (["--maps", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     "a name that is a path": (["--name", "../elsewhere"], "--name '../elsewhere' must be letters"),
-    "the name of the finetuned teacher": (["--name", "softmax"], "softmax is the name of the finetuned teacher"),
+    "the name of the finetuned teacher": (["--name", "softmax"], "softmax that of the finetuned teacher"),
+    "the name of the teacher": (["--name", "teacher"], "teacher is the name of the teacher's row"),
     "that name for softmax with a convolution": (
-        ["--attention", "softmax", "--short-conv", "3", "--name", "softmax"], "the name of the finetuned teacher"),
+        ["--attention", "softmax", "--short-conv", "3", "--name", "softmax"], "softmax that of the finetuned teacher"),
     "a convolution that nothing trains": (["--short-conv", "3", "--lora-rank", "2"], "leave out one of them"),
     "a convolution of less than nothing": (["--short-conv", "-1"], "--short-conv must be at least 0, got -1"),
     "a window of no layers": (["--window", "8"], "--window 8 is that of the first layers.*--softmax-layers"),
@@ -987,6 +1102,11 @@ BAD_FLAGS = {
     "a hybrid of softmax": (["--attention", "softmax", "--hybrid-window", "8"], "choose one of hedgehog,.*or no"),
     "a hybrid with an unknown scale": (["--attention", "exp", "--hybrid-window", "8"], "exp beyond do not go together"),
     "no layer left to convert": (["--softmax-layers", "2"], "leaves none of the teacher's 2 layers to hedgehog"),
+    "a scale that is no number": (["--map-scale", "nan"], "--map-scale nan must be finite"),
+    "a temperature without end": (["--temperature", "inf"], "--temperature inf and"),
+    "no prompt": (["--prompt", ""], "--prompt is empty"),
+    "a rank that is not low": (["--lora-rank", "17"], "--lora-rank 17 is no low rank for matrices of width 16"),
+    "a vocabulary out of reach": (["--data", "far"], "the vocabulary is nowhere"),
     "nothing to resume": (["--resume"], "no conversion at .*leave out --resume"),
 }
 
@@ -994,6 +1114,9 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("flags, words", BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
 def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, tmp_path, monkeypatch, flags, words,
                                                              capsys):
+    def far():
+        raise prepare.InputError("the vocabulary is nowhere")
+
     monkeypatch.chdir(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
@@ -1002,8 +1125,11 @@ def test_what_cannot_work_is_told_before_anything_is_written(command, text_dir, 
     meta = json.loads((text_dir / "meta.json").read_text())
     counts = dict.fromkeys(meta["tokens"], 100)
     (other / "meta.json").write_text(json.dumps(meta | dict(vocab_size=7, tokens=counts)))
-    shutil.copytree(text_dir, tmp_path / "renamed")
-    (tmp_path / "renamed" / "meta.json").write_text(json.dumps(meta | dict(tokenizer="letters")))
+    for folder, tokenizer in (("renamed", "letters"), ("far", "gpt2")):
+        shutil.copytree(text_dir, tmp_path / folder)
+        (tmp_path / folder / "meta.json").write_text(json.dumps(meta | dict(tokenizer=tokenizer)))
+    monkeypatch.setitem(prepare.TOKENIZERS, "letters", prepare.ByteTokenizer)
+    monkeypatch.setitem(prepare.TOKENIZERS, "gpt2", far)
     with pytest.raises(SystemExit) as e:
         cli(lambda: command(*flags))
     assert e.value.code == 2 and re.search(words, capsys.readouterr().err) and not (tmp_path / "table").exists()
@@ -1044,12 +1170,21 @@ def test_results_of_another_teacher_are_not_mixed_in_and_other_flags_do_not_resu
         command("--resume")
 
 
-def test_an_earlier_conversion_is_moved_aside(command, tmp_path):
-    command("--no-reference", "--steps", "1")
-    command("--no-reference", "--steps", "1", "--seed", "1")
-    table, stages = tmp_path / "table", ["teacher", "swapped", "distilled", "finetuned"]
+def test_an_earlier_conversion_is_moved_aside_and_its_rows_with_it(command, tmp_path, monkeypatch):
+    first = command("--no-reference", "--steps", "1").rows
+    rows = command("--no-reference", "--steps", "2", "--seed", "1").rows
+    table, stages = tmp_path / "table", ["swapped", "distilled", "finetuned"]
     assert json.loads((table / "hedgehog-1" / "config.json").read_text())["config"]["seed"] == 0
-    assert [r["stage"] for r in json.loads((table / "summary.json").read_text())] == stages
+    assert rows[:4] == [r | dict(name=r["name"].replace("hedgehog", "hedgehog-1")) for r in first]
+    assert [(r["name"], r["stage"]) for r in rows[4:]] == [("hedgehog", stage) for stage in stages]
+    assert [r["tokens"] for r in rows if r["stage"] == "finetuned"] == [128, 256]
+    assert command("--resume", "--name", "hedgehog-1").rows == rows
+    shutil.rmtree(table / "hedgehog")                               # whose rows are not those of another one either
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(convert_gpt2, "interrupts", lambda say: stop_after(1))
+        command("--no-reference", "--steps", "3")
+    finetuned = command("--resume").find(name="hedgehog", stage="finetuned")
+    assert [(r["tokens"], r["resumed"]) for r in finetuned] == [(384, 1)]
 
 
 def test_a_teacher_of_train_gpt_needs_no_safetensors_and_an_export_says_that_it_does(command, monkeypatch, tmp_path):
@@ -1059,6 +1194,15 @@ def test_a_teacher_of_train_gpt_needs_no_safetensors_and_an_export_says_that_it_
     command("--no-reference", "--steps", "1")
     with pytest.raises(ValueError, match="pip install safetensors"):
         command("--export", str(tmp_path / "exported"))
+
+
+def test_help_tells_of_what_both_scripts_have_after_what_is_their_own(capsys):
+    for config_class, own in ((TrainConfig, "--n-layer"), (ConvertConfig, "--teacher")):
+        with pytest.raises(SystemExit):
+            parse_config(config_class, PRESETS, ["--help"])
+        flags = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.M)
+        order = [flags.index(f) for f in ("--preset", own, "--eval-every", "--dropout", "--sample-tokens")]
+        assert order == sorted(order) and order[0] == 0
 
 
 def test_several_processes_are_sent_to_train_gpt(command, monkeypatch):
