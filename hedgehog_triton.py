@@ -69,7 +69,6 @@ product (came out wrong on an H100 with Triton 3.6, the reason is not known).
 import inspect
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 

@@ -845,8 +845,8 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(folder, tmp_path, monke
     convert_llama.main(parse(tmp_path / "elsewhere", out, flags))                         # names alone count
     assert made == ["zero-shot", "softmax", "elu"]
     assert f"{out} has all these rows already, nothing is trained: choose another --out" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds rows made with --lora-lr .*, --rank 8: give the same --lora-lr, --rank, "
-                                         "or choose another --out"):
+    with pytest.raises(ValueError, match="holds rows made with --lora-lr .*, --rank 8: give the same --lora-lr, --rank"
+                                         ", or choose another --out"):
         convert_llama.main(parse(folder, out, flags + " --lora-lr 1 --rank 3"))
 
 

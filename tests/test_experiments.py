@@ -753,7 +753,7 @@ def test_rows_are_refused_for_settings_of_their_own_table_alone(tmp_path):
     rows = [dict(task="cola", lr=1, layers=[1, 2]), dict(task="mrpc", lr=2, layers=[1, 2])]
     path.write_text(json.dumps(rows))
     assert common.rows_so_far(path, dict(lr=1, layers=(1, 2)), lambda row: row["task"] == "cola") == rows
-    with pytest.raises(ValueError, match="rows.json holds rows made with --lr 2: give the same --lr, or choose another"):
+    with pytest.raises(ValueError, match="rows.json holds rows made with --lr 2: give the same --lr, or choose"):
         common.rows_so_far(path, dict(lr=1, layers=(1, 2)))
     assert common.rows_so_far(path, dict(width=0), width=0) == rows                       # of before there was a width
     with pytest.raises(ValueError, match="rows made with --width 0: give"):
