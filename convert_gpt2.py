@@ -6,6 +6,9 @@
     python convert_gpt2.py --preset wikitext103-fast       the GPT of that preset of train_gpt.py, 5 minutes of an H100
     python convert_gpt2.py --preset gpt2                   GPT-2 124M on WikiText-103, the paper's experiment
 
+The method is `swap`, `imitation_loss`, `imitate` and `distill`, and `convert` puts it together; the rest is options,
+checks and the table.
+
 The teacher is GPT-2 from the Hugging Face hub, a folder that holds its two files, or a run of train_gpt.py. All
 results go into one summary.json in --out, where each conversion has a folder: in it distilled/ holds the maps alone,
 and finetuned/ is a run of train_gpt.py: sample.py writes with it, train_gpt.py --resume --steps N trains it further.
