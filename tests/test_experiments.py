@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -785,6 +786,7 @@ def test_maps_of_another_teacher_or_text_are_refused(tmp_path):
 
 
 def test_every_file_can_be_imported_from_the_root_of_the_repository():
-    names = [path.stem for path in (ROOT / "experiments").glob("[!_]*.py") if not path.stem.startswith("convert_")]
+    names = [path.stem for path in (ROOT / "experiments").glob("[!_]*.py") if not path.stem.startswith("convert_")
+             and (path.stem != "hedgehog_llama" or find_spec("transformers"))]
     code = f"import importlib\nfor name in {names}: importlib.import_module('experiments.' + name)"
     assert "students" in names and subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
