@@ -468,8 +468,8 @@ class HybridAttention(LinearAttention):
             if keys is not None:
                 v = v.masked_fill(~keys[:, None, :, None], 0)
             if state is None:  # zeros in the column of ones, too: before the text stand W keys that count as none
-                past = F.pad(k[:, :, :0], (0, 0, 0, W)), F.pad(v[:, :, :0], (0, 0, 0, W))
-                state = *past, k.new_zeros(*k.shape[:2], self.map_q.feature_dim, v.shape[-1])
+                sizes = (W, k.shape[-1]), (W, v.shape[-1]), (self.map_q.feature_dim, v.shape[-1])
+                state = [k.new_zeros(*k.shape[:2], *size) for size in sizes]
             k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)       # (B, H or K, W+T, D or D+1)
             phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k[:, :, :T])          # of the keys W tokens ago
             S = state[2]
