@@ -964,7 +964,7 @@ def weight_of_old(x, c, gate_bias, log_den, h, start, rows, first, n):
     """The logarithm of what all older than the window weighs for queries x: log_den times the gate. Before `first`
     there is none, and it says what log_den says of a query that attends to nothing."""
     log = tl.load(log_den + start + rows, mask=between(rows, first, n), other=-1e30)
-    return LOG2E * (log + tl.sum(x.to(tl.float32) * c[None, :], axis=1) + tl.load(gate_bias + h).to(tl.float32))
+    return (log + tl.sum(x.to(tl.float32) * c[None, :], axis=1) + tl.load(gate_bias + h).to(tl.float32)) * LOG2E
 
 
 @triton.jit
