@@ -139,7 +139,7 @@ def saved_config(config):
     except FileNotFoundError:
         raise ValueError(f"no conversion at {path.parent}: leave out --resume, or mend --out, --name or "
                          "--attention") from None
-    except (ValueError, LookupError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError):
         raise ValueError(f"{path} is damaged: leave out --resume to begin again") from None
 
 
@@ -458,7 +458,8 @@ class Results:
             save_json(self.path, self.rows)
 
     def rename(self, old, new):
-        self.change(lambda rows: [r | dict(name=new) if r["name"] == old else r for r in rows])
+        self.change(lambda rows: [r | dict(name=new) if r["name"] == old else r for r in rows
+                               if r["name"] != new])  # those of a folder of that name that was deleted
 
     def add(self, **row):
         key = {k: row[k] for k in ("name", "stage", "tokens")}.items()
@@ -518,8 +519,9 @@ def convert(config, *, held):
 
     say(f"{name}: {config.teacher or 'the tiny softmax model'} with {config.attention} attention, on {why}")
     results, base = Results(folder, device), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
-    known, done = results.find(**base), {row["stage"] for row in results.find(name=name) if config.resume}
-    if not known or "finetuned" not in done:
+    known, made = results.find(**base), {row["stage"] for row in results.find(name=name) if config.resume}
+    finished = "finetuned" in made and (Path(stage2.out) / "summary.json").exists()  # or the row is of an earlier one
+    if not known or not finished:
         before = measure(teacher)
         if any(abs(row["valid_nats"] - before["valid_nats"]) > 0.01 for row in known):  # a GPU and a CPU differ by less
             raise ValueError(f"{folder} holds results of another teacher, text or block size: choose another --out")
@@ -530,26 +532,25 @@ def convert(config, *, held):
     beside = references(results.rows, config.lora_rank, config.steps * config.batch_size * stage2.block_size)
     if config.reference and not is_plain(config) and config.steps and not beside:
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
-        reference = replace(config, attention="softmax", name="", maps="", export="", short_conv=0, softmax_layers=0,
+        rank = f"softmax-lora{config.lora_rank}" if config.lora_rank else ""              # else its own name, softmax
+        reference = replace(config, attention="softmax", name=rank, maps="", export="", short_conv=0, softmax_layers=0,
                             window=0, hybrid_window=0)
         results.rows = convert(replace(reference, resume=config.resume and was_begun(reference))).rows
 
     told = ("attention", "short_conv", "softmax_layers", "window", "hybrid_window", "lora_rank")
     row = dict(name=name, **{k: getattr(config, k) for k in told})
-    if config.attention != "softmax" and "finetuned" not in done:
+    if config.attention != "softmax" and not finished:
         student, tokens = student.to(device), stage1.steps * stage1.batch_size * stage1.block_size
-        if not config.maps and "swapped" not in done:
+        if not config.maps and "swapped" not in made:
             kl = faithfulness(student, data["valid"], stage1, device, autocast)
             results.add(**row, stage="swapped", tokens=0, **measure(student), **kl)
         if config.distill_steps and not maps_of(student):
             say(f"{config.attention} has no parameters that could be distilled: stage 1 is skipped")
-        elif "distilled" in done:
-            load_maps(student, Path(stage1.out) / "last.pt")
-        elif config.distill_steps or config.maps:
+        elif (config.distill_steps or config.maps) and not (stage2.resume and "distilled" in made):
             reset_peak(device)
             found = distill(student, data, stage1, device, autocast, say, command=results.command)
             results.add(**row, stage="distilled", tokens=tokens, **measure(student) | found)
-    if "finetuned" not in done:
+    if not finished:
         reset_peak(device)
         summary = train(stage2, student, command=results.command)
         if config.steps:

@@ -1131,8 +1131,9 @@ def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hed
     those of `fused_attention`, in one dtype: autocast is the caller's. ValueError for what does not match.
     """
     W = window
-    if q.ndim != 4 or not 0 < W < q.shape[2]:
-        raise ValueError(f"expected q (B, H, T, D) with T > window >= 1, got {tuple(q.shape)} and window {W}")
+    if q.ndim != 4 or not q.shape == k.shape == v.shape or not 0 < W < q.shape[2]:
+        raise ValueError(f"expected q, k and v (B, H, T, D) with T > window >= 1, got {tuple(q.shape)}, "
+                         f"{tuple(k.shape)}, {tuple(v.shape)} and window {W}")
     for name, x, shape in (("gate", gate, q.shape[1::2]), ("gate_bias", gate_bias, q.shape[1:2])):
         if x.shape != shape or not x.is_floating_point() or x.device != q.device:
             raise ValueError(f"{name} must be {tuple(shape)}, floating-point and on {q.device}, got {tuple(x.shape)}, "

@@ -475,6 +475,8 @@ def damaged(path):
 def load_model(path, device="cpu"):
     """(model in eval mode, its checkpoint), from a last.pt or best.pt."""
     checkpoint = load_checkpoint(path)
+    if all(".map_" in name for name in checkpoint["model"]):
+        raise ValueError(f"{path} holds feature maps alone: give the conversion's folder, or its finetuned/best.pt")
     try:
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(merge_lora(checkpoint["model"]))

@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +66,7 @@ def find_files(task, data):
             fetch(task, folder, lacking)
         finally:  # a download that brought nothing leaves no folder
             for path in made:
-                if not any(path.iterdir()):
+                with suppress(OSError):
                     path.rmdir()
     return files[0], files[1:]
 

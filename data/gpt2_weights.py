@@ -132,7 +132,7 @@ def load_gpt2(folder):
                     raise ValueError(f"{path}: {name} holds values that are not finite: get the file again")
             if head and not torch.equal(f.get_tensor(head).float(), model.lm_head.weight):
                 raise ValueError(f"{path} has an lm_head of its own, config.json says that it is tied: add "
-                                 '"tie_word_embeddings": false to it')
+                                 '"tie_word_embeddings": false to it, and delete config.json.sha256 if it is there')
     except SafetensorError as e:
         raise ValueError(f"{path} is truncated or no safetensors file ({e}): get it again") from e
     return model

@@ -13,6 +13,7 @@ import csv
 import json
 import re
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 
 from common import COLORS, RESULTS, bars, color, copy_curves, draw_if_possible, figure, read_rows, save
@@ -94,7 +95,7 @@ def loss_curves(folder):
     heights = [max(2.6 if len(lengths) > 1 else 3.6, 0.6 + 0.27 * len(panel)) for panel in lengths.values()]
     fig, axes = figure(len(lengths), height=sum(heights), height_ratios=heights)
     for ax, panel in zip(axes[:, 0], lengths.values()):
-        styles, others = {}, iter(COLORS[1:7])
+        styles, others = {}, cycle(COLORS[1:7])
         for name, rows in panel.items():
             hue = COLORS[7] if re.match("hedgehog(?!_exp)", name) else color(name)        # the stable form is red
             hue = next(others) if hue == COLORS[1] else hue

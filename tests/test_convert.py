@@ -457,7 +457,8 @@ def test_softmax_with_a_convolution_is_no_reference(command):
     assert "1.000" in str(results).splitlines()[2].split() and "1.000" not in str(results).splitlines()[3].split()
 
 
-@pytest.mark.parametrize("name, new", [("hedgehog", []), ("hedgehog-hybrid4", ["--hybrid-window", "4"])])
+@pytest.mark.parametrize("name, new", [("hedgehog", ["--dropout", "0.1"]),
+                                       ("hedgehog-hybrid4", ["--hybrid-window", "4"])])
 def test_each_stage_resumes_to_the_last_bit(command, tmp_path, monkeypatch, name, new):
     command(*new)
     whole, parts = tmp_path / "whole", tmp_path / "table"
@@ -649,10 +650,11 @@ def test_low_rank_updates_are_compared_with_low_rank_updates(command):
     full = command(*flags).rows
     rows = command(*flags, "--lora-rank", "2").rows
     found = {(r["name"], r["stage"], r["lora_rank"]): r for r in rows[1:]}
-    names = "softmax-1", "softmax", "hedgehog-undistilled-1", "hedgehog-undistilled"
-    assert {key for key in found if key[1] == "finetuned"} == {(n, "finetuned", 2 * (n[-1] != "1")) for n in names}
-    for n in ("", "-1"):
-        pair = [found[f"{name}{n}", "finetuned", 2 * (n == "")] for name in ("hedgehog-undistilled", "softmax")]
+    pairs = {0: ("hedgehog-undistilled-1", "softmax"), 2: ("hedgehog-undistilled", "softmax-lora2")}
+    keys = {(name, "finetuned", rank) for rank, names in pairs.items() for name in names}
+    assert {key for key in found if key[1] == "finetuned"} == keys
+    for rank, names in pairs.items():
+        pair = [found[name, "finetuned", rank] for name in names]
         assert convert_gpt2.ratio(pair[0], rows) == pair[0]["test_ppl"] / pair[1]["test_ppl"]
     for r in full[1:]:  # of before this was told: all weights
         del r["lora_rank"]
@@ -1048,6 +1050,10 @@ def test_a_file_whose_record_was_not_written_gets_it_at_the_next_use(hub, monkey
     assert [p.name for p in folder.iterdir()] == ["config.json"]
     gpt2_weights.download_teacher("gpt2")
     assert {p.name for p in folder.iterdir()} == {name + end for name in hub.files for end in ("", ".sha256")}
+    (folder / "config.json").write_text("{}")
+    gpt2_weights.download_teacher("gpt2")                     # which makes no record of what was changed
+    with pytest.raises(ValueError, match="config.json is not the file"):
+        load_gpt2(folder)
 
 
 def test_a_download_that_is_not_what_the_hub_announced_is_refused_and_leaves_no_file(hub, command, tmp_path):
@@ -1209,3 +1215,38 @@ def test_several_processes_are_sent_to_train_gpt(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="torchrun train_gpt.py --resume"):
         command()
+
+
+def test_stage_2_begins_with_the_distilled_maps_also_after_a_resumption(command, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    whole = command("--no-reference").rows
+    shutil.rmtree(tmp_path / "table")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(convert_gpt2, "train", killed)
+        command("--no-reference")
+    assert command("--resume").rows[-1]["valid_nats"] == whole[-1]["valid_nats"]
+
+
+def test_rows_of_a_deleted_folder_do_not_pass_for_those_of_one_moved_to_its_name(command, tmp_path, monkeypatch):
+    command("--no-reference")
+    command("--no-reference", "--seed", "1")
+    for name in ("hedgehog", "hedgehog-1"):
+        shutil.rmtree(tmp_path / "table" / name)
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(convert_gpt2, "interrupts", lambda say: stop_after(1))
+        command("--no-reference", "--seed", "2")
+    rows = command("--no-reference", "--seed", "3").find(name="hedgehog-1")
+    assert [r["stage"] for r in rows] == ["swapped"]
+
+
+def test_a_reference_can_be_asked_for_later(command):
+    command("--no-reference")
+    assert command("--resume", "--reference").find(name="softmax", stage="finetuned")
+
+
+def test_maps_alone_are_no_model_to_sample_from(command, tmp_path):
+    command("--no-reference", "--steps", "0")
+    with pytest.raises(ValueError, match="feature maps alone: give the conversion's folder"):
+        load_model(tmp_path / "table/hedgehog/distilled/last.pt")

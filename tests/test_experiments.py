@@ -32,7 +32,7 @@ import wikitext103
 import convert_gpt2
 import train_gpt
 from conftest import stop_after
-from hedgehog import GPT, GPTConfig
+from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import PRESETS, TrainConfig, parse_config, train
 
 needs_matplotlib = pytest.mark.skipif(common.plt is None, reason="matplotlib draws the figures: "
@@ -687,6 +687,17 @@ def test_no_number_beside_a_bar_lies_on_a_line(tmp_path):
     assert [text.get_text() for text in ax.texts] == ["-0.19", "2.46"]
     assert all(right < text.get_window_extent().x0 < text.get_window_extent().x1 <= fig.bbox.x1 for text in ax.texts)
     common.plt.close(fig)
+
+
+@needs_matplotlib
+def test_every_attention_there_is_gets_a_line_of_its_own(tmp_path, monkeypatch):
+    for i, name in enumerate(ATTENTIONS):
+        (tmp_path / f"{name}.csv").write_text(f"step,tokens,valid_nats\n0,0,9\n1,1000000,{5 + i / 10}\n")
+    monkeypatch.setattr(wikitext103, "save", lambda fig, *_: drawn.extend(fig.axes[0].lines))
+    drawn = []
+    wikitext103.loss_curves(tmp_path)
+    assert [line.get_label() for line in drawn] == list(ATTENTIONS)
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == len(ATTENTIONS)
 
 
 def digest_in(path):

@@ -820,8 +820,9 @@ def test_bad_input_is_told_before_a_kernel_starts(change, words):
 @pytest.mark.parametrize("change, words", [
     (dict(window=0), "T > window >= 1, got .* and window 0"),
     (dict(window=5), "T > window >= 1, got .* and window 5"),
-    (dict(q=torch.zeros(2, 5, 32)), "expected q"),
-    (dict(k=torch.zeros(1, 2, 6, 32)), "expected q and k"),
+    (dict(q=torch.zeros(2, 5, 32)), "expected q, k and v"),
+    (dict(v=torch.zeros(1, 2, 5, 64)), "expected q, k and v"),
+    (dict(k=torch.zeros(1, 2, 6, 32)), "expected q, k and v"),
     (dict(gate=torch.zeros(32)), r"gate must be \(2, 32\), .* got \(32,\)"),
     (dict(gate=torch.zeros(2, 1)), r"gate must be \(2, 32\)"),
     (dict(gate=torch.zeros(2, 32).int()), "gate must be .* floating-point .* got .* torch.int32"),
