@@ -459,7 +459,7 @@ class Results:
 
     def rename(self, old, new):
         self.change(lambda rows: [r | dict(name=new) if r["name"] == old else r for r in rows
-                               if r["name"] != new])  # those of a folder of that name that was deleted
+                                  if r["name"] != new])  # those of a folder of that name that was deleted
 
     def add(self, **row):
         key = {k: row[k] for k in ("name", "stage", "tokens")}.items()

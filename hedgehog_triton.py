@@ -72,7 +72,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hedgehog import FUSED_MAPS, as_autocast, safe_exp
+from hedgehog import FUSED_MAPS, as_autocast, rows_in_one_piece, safe_exp
 
 if "disable_licm" not in inspect.signature(tl.range.__init__).parameters:
     raise ImportError(f"Triton {triton.__version__} is too old for hedgehog_triton.py, which needs 3.5: "
@@ -656,6 +656,11 @@ def products(dtype, width):
                 num_warps=4 if width <= 64 else 8)
 
 
+def rows_in_reach(*tensors):
+    """Copies of those with rows far apart: the kernels count within a chunk in 32 bits, from chunk to chunk in 64."""
+    return [x if x.stride(2) < 2**24 else x.contiguous() for x in tensors]
+
+
 def projections_like(*tensors):
     """For each (B, H, T, D) one over memory laid out as (B, T, H, D), so that merging the heads is a view."""
     return [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in tensors]
@@ -713,8 +718,7 @@ def backward_kernels(do: torch.Tensor, dlog: torch.Tensor | None, ds1: torch.Ten
                      den: torch.Tensor, kind: str) -> list[torch.Tensor]:
     """[dq, dk, dv, dwq, dwk, dbq, dbk, dstate]; those that nothing asked for are empty."""
     B, H, T, _ = q.shape
-    if do.stride(-1) != 1 or do.stride(2) >= 2**24:
-        do = do.contiguous()
+    do, = rows_in_reach(*rows_in_one_piece(do))
     dlog, ds1 = (x if x is None else x.contiguous() for x in (dlog, ds1))
     opt = options(q, v, wq, bq, kind)
     HP, float32 = opt["HP"], torch.float32
@@ -910,8 +914,7 @@ def fused_attention(q, k, v, wq=None, wk=None, bq=None, bk=None, state=None, ret
             top = q.detach().abs().amax(-1)
         q, k = phi(q, kind, is_query=True), phi(k, kind)
         wq = wk = bq = bk = None
-    # The kernels count within a chunk in 32 bits, from chunk to chunk in 64.
-    q, k, v = (x if x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
+    q, k, v = rows_in_reach(q, k, v)
     wq, wk, bq, bk, state = (x if x is None else x.contiguous() for x in (wq, wk, bq, bk, state))
     y, _, log_den, state = torch.ops.hedgehog.attention(q, k, v, wq, wk, bq, bk, state, return_state, return_log_den,
                                                         eps, kind)
@@ -1090,8 +1093,7 @@ def window_backward_kernels(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, 
                             log_den: torch.Tensor, gate: torch.Tensor, gate_bias: torch.Tensor, y: torch.Tensor,
                             log_total: torch.Tensor, window: int) -> list[torch.Tensor]:
     """[dq, dk, dv, dfar, dlog_den, dgate, dgate_bias]."""
-    if do.stride(-1) != 1 or do.stride(2) >= 2**24:
-        do = do.contiguous()
+    do, = rows_in_reach(*rows_in_one_piece(do))
     B, H, T, D = q.shape
     grid, opt = window_launch(v)
     dq, dk, dv, dfar = projections_like(q, k, v, far)
@@ -1138,7 +1140,7 @@ def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hed
         if x.shape != shape or not x.is_floating_point() or x.device != q.device:
             raise ValueError(f"{name} must be {tuple(shape)}, floating-point and on {q.device}, got {tuple(x.shape)}, "
                              f"{x.dtype} on {x.device}")
-    q, k, v = (x if x.stride(2) < 2**24 else x.contiguous() for x in (q, k, v))
+    q, k, v = rows_in_reach(q, k, v)
     far, log_den = fused_attention(q[:, :, W:], k[:, :, :-W], v[:, :, :-W], wq, wk, bq, bk, kind=kind,
                                    return_log_den=True)                                   # (B, H, T-W, D), (B, H, T-W)
     log_den, gate, gate_bias = (x.contiguous() for x in (log_den, gate, gate_bias))

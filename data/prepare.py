@@ -434,13 +434,16 @@ def prepare_wikitext103(out_dir, tokenizer, given_zip=None, **options):
         if zip_path.exists():
             raise
         raise InputError(f"{error}\nThe text is not here either: without a network, {elsewhere}") from error
-    if given_zip is None:
+    fault = None
+    if given_zip or zip_path.exists():
+        fault = wikitext103_fault(zip_path)
+    else:                                          # checked as it comes
         download(WIKITEXT103_MIRRORS, zip_path, lambda part: not wikitext103_fault(part), elsewhere)
     zip_source = source(zip_path)
     print(f"{zip_path}: sha256 {zip_source['sha256']}")
     expected_tokens = WIKITEXT103_GPT2_TOKENS if tokenizer.name == "gpt2" else None
     try:
-        if fault := wikitext103_fault(zip_path):
+        if fault:
             raise InputError(f"{zip_path} {fault}")
         with zipfile.ZipFile(zip_path) as archive:
             texts = {split: [Text(f"{member} in {zip_path}", partial(archive.open, member))]
