@@ -838,6 +838,19 @@ def test_bad_input_of_the_hybrid_is_told_before_a_kernel_starts(change, words):
     assert hedgehog_triton.hybrid_attention(**{name: inputs.get(name) for name in names}).shape == (1, 2, 5, 32)
 
 
+def test_rows_that_are_far_apart_are_copied_wherever_a_kernel_would_read_them(monkeypatch):
+    far, near = torch.randn(2**24 + 32).as_strided((1, 1, 2, 32), (2**25, 2**25, 2**24, 1)), torch.randn(1, 1, 2, 32)
+    copy, same = hedgehog_triton.rows_in_reach(far, near)
+    assert copy.is_contiguous() and torch.equal(copy, far) and same is near
+    calls, f = [], hedgehog_triton.rows_in_reach
+    monkeypatch.setattr(hedgehog_triton, "rows_in_reach", lambda *x: calls.append(len(x)) or f(*x))
+    inputs = make(1, 2, 5, 32) | dict(gate=torch.zeros(2, 32), gate_bias=torch.zeros(2), window=2)
+    q = inputs["q"].requires_grad_()
+    names = ("q", "k", "v", "wq", "wk", "bq", "bk", "gate", "gate_bias", "window")
+    torch.autograd.grad(hedgehog_triton.hybrid_attention(**{name: inputs.get(name) for name in names}).sum(), q)
+    assert sorted(calls) == [1, 1, 3, 3]  # the gradient of each of the two kernels' results; q, k and v, twice
+
+
 def test_tensors_on_the_cpu_are_refused_outside_the_interpreter(monkeypatch):
     monkeypatch.setattr(hedgehog_triton, "INTERPRETED", False)
     with pytest.raises(ValueError, match="tensors on cpu.*form='chunked'"):
