@@ -629,13 +629,13 @@ def grad_kv_kernel(q, k, v, wq, wk, bq, bk, r, z, r0, z0, do, den, deltas, dk, d
 
 def segments(programs, T, L, device, slower, extra):
     """(tokens of a segment, how many): what takes the least time, in whole waves of programs on the GPU, if cut a chunk
-    takes `slower` times as long, and as much as `extra` chunks comes once on top."""
+    takes `slower` times as long, the sums of each segment as long as one chunk, and `extra` chunks come on top."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     slots, n_chunks = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, -(-T // L)
 
     def time(c):
-        walk = -(-programs * c // slots) * -(-n_chunks // c)
-        return walk if c == 1 else slower * walk + extra
+        waves, walk = -(-programs * c // slots), -(-n_chunks // c)
+        return walk * waves if c == 1 else waves * (slower * walk + 1) + extra
     chunks = -(-n_chunks // min(range(1, min(n_chunks, 64) + 1), key=time))
     return chunks * L, -(-n_chunks // chunks)
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -275,6 +277,16 @@ def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
     x = make(1, 1, 20, 32)
     hedgehog_triton.fused_attention(**x | {"q": x["q"].requires_grad_()}).sum().backward()
     assert launched == [x["q"].shape] * 2, "the forward and the backward pass"
+
+
+def test_a_chunk_less_does_not_cut_the_text_into_many_more_segments(monkeypatch):
+    # Once 4,096 tokens were 8 segments and 4,032 were 63, each with sums in float32 as large as four chunks of q.
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    for programs, n_chunks in itertools.product((12, 24, 48, 96, 192, 384, 768), range(2, 300)):
+        for slower, extra in ((1.4, 4), (1.0, 20)):                     # as forward and backward ask
+            size, n = hedgehog_triton.segments(programs, n_chunks * 64, 64, torch.device("cuda"), slower, extra)
+            assert (n - 1) * size < n_chunks * 64 <= n * size, "whole segments but for the last"
+            assert programs * n <= max(programs, 16 * 264), "at most 16 waves of programs"
 
 
 @pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
