@@ -28,8 +28,8 @@ Design
               a running maximum; what is older is where the sums begin, one key of weight exp(log_den + q.c + b)
     window_grad_q, window_grad_kv    from the weights, made again: blocks of queries, which also have the gradients of
               what is older and of the gate (parts, as for W), and write delta = <do, y>; then blocks of keys. Three
-              programs a multiprocessor by their registers, in bfloat16 at D = 64; by bytes at 3 TB/s at least 0.32 ms
-              both ways, of 32,768 tokens and 12 heads; without counters so far. Training with them at T = 1,024 is 5 %
+              programs a multiprocessor by their registers, in bfloat16 at D = 64. Of 32,768 tokens and 12 heads they take
+              0.38 ms both ways; by bytes at 3 TB/s it would be 84 % of that. Training with them at T = 1,024 is 5 %
               faster than with flex_attention in their place, which took 3 % more memory (experiments/gpu.md)
 
 Precision: sums and states are float32, of features in the type of the products. Those take bfloat16 operands for
@@ -49,11 +49,11 @@ that, sums of columns as products (`column_sums`), and R read once, forward and 
 T = 1,024, and 0.96 instead of 1.15 at 16,384 (experiments/results/triton-variants.json).
 
 Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/results/triton-ncu.json; at 1.8 GHz): what must be read and
-written once takes, at 3 TB/s, 37 % of the time of forward, 71 % of states, 58 % of grad_kv and 64 % of grad_q; their
+written once takes, at 3 TB/s, 38 % of the time of forward, 73 % of states, 58 % of grad_kv and 63 % of grad_q; their
 sum is 58 % of the time of all four, and a single pass each way that kept all else on the chip would be 25 %. A chunk's
 work is a chain of small products, reductions and barriers, and two programs hide little of it: an instruction is issued
-in 21 to 29 of 100 cycles, tensor cores are busy in 12 to 20, and a warp waits for memory in 18 to 47 % of the samples,
-for the last instruction's result in 15 to 22, at barriers in 12 to 15, for shared memory in 5 to 15.
+in 21 to 28 of 100 cycles, tensor cores are busy in 13 to 19, and a warp waits for memory in 17 to 47 % of the samples,
+for the last instruction's result in 15 to 22, at barriers in 13 to 15, for shared memory in 6 to 16.
 
 Tried and left: keeping S_n from the forward pass, so that the backward pass walks once, and making all three gradients
 in one kernel: 0.76 ms, but 100 MiB more kept a layer at 32,768 tokens, and a kernel more to read.
