@@ -10,12 +10,14 @@ Softmax attention compares every query with every key before it, which costs O(T
 Linear attention replaces exp(q.k) by a product of features, phi(q).phi(k). Now phi(q_t) can be pulled out of both
 sums, and what is left of the past is one matrix that every token adds to. That costs O(T):
 
-    y_t = phi(q_t) S_t / phi(q_t).z_t        S_t = S_{t-1} + phi(k_t) v_t^T        z_t = z_{t-1} + phi(k_t)
+    y_t = phi(q_t) S_t / phi(q_t) z_t        S_t = S_{t-1} + phi(k_t)^T v_t        z_t = z_{t-1} + phi(k_t)^T
 
-Hedgehog learns phi, by imitating a trained softmax model or from the task itself: phi(x) = [softmax(xW), softmax(-xW)].
+with q_t, k_t and v_t as rows, as in the code. Hedgehog learns phi, by imitating a trained softmax model
+(`imitation_loss` in convert_gpt2.py) or from the task itself: phi(x) = [softmax(xW), softmax(-xW)]. These softmaxes run
+over the features of one token, not over time. `hedgehog_exp` leaves their divisors out: [exp(xW), exp(-xW)].
 
 Letters
-    B batch    T time    C model width (n_embd)    H heads    D head width, C / H
+    B batch    T tokens    C model width (n_embd)    H heads    D head width, C / H
     P feature width, 2D for Hedgehog    N chunks of L tokens    q, k, v: (B, H, T, D) before the map
     phi feature map    W, b its weight and bias    S state, the sum of phi(k)^T [v, 1] (z is its last column)
 
@@ -54,13 +56,15 @@ class FeatureMap(nn.Module):
     exp            exp(temperature x)                                 D           the paper, section 3
     performer      exp(w_i.x - |x|^2 / 2) / sqrt(m), w_i random       n_features  Choromanski et al. 2021 (FAVOR+)
     cosformer      [relu(x) cos a, relu(x) sin a], a = pi t / 2M      2D          Qin et al. 2022; M = max_len
-    taylor         [1, x, (x outer x) / sqrt 2]: 1 + s + s^2 / 2      1 + D + D^2 Keles et al. 2023
+    taylor         [1, x, (x outer x) / sqrt 2]: 1 + s + s^2 / 2      1 + D + D^2 Keles et al. 2023, s = q.k / sqrt(D)
 
     `weight` is (H, D, D), `scale` (1) times the identity at the start, `bias` (H, D), zero at the start. Near x = 0 the
     logarithm of both hedgehog maps' phi(q).phi(k) has the term scale^2 q.k / D, that of softmax's weight is q.k /
-    sqrt(D): at scale = D^(1/4) training starts with attention as peaked as softmax's. performer and taylor estimate
-    exp(q.k / sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is. Features are float32 at least, also
-    under autocast: they span too many orders of magnitude for less.
+    sqrt(D): at scale = D^(1/4) training starts with attention about as peaked as softmax's. (Not exactly: hedgehog has
+    q.k / D less the product of their means, hedgehog_exp also scale^2 |k|^2 / 2D, so large keys weigh more.)
+    performer and taylor estimate exp(q.k / sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is.
+    Features are float32 at least, also under autocast: float16 has too small a range. (On a GPU `attend` rounds them to
+    bfloat16, which has float32's range.)
     learn_temperature, not in the paper: W = weight exp(log_temperature), one number a head and map, 0 at the start. It
     adds no functions, but gives their peakedness a parameter of its own, which weight decay does not touch.
     flash-linear-attention differs: one joint softmax of [2xW, -2xW] and one W for all heads.
@@ -136,9 +140,9 @@ def safe_exp(u, is_query, cap=30.0):
     """exp(u) (..., P) that neither overflows nor leaves a query without any weight.
 
     A factor on a query cancels in the normalised attention, so a query is shifted by its own maximum: exact. A factor
-    on a key reweights that key against the others: a shift by the key's own maximum (`exp_dim` in LoLCATs) is another
-    function, and one by the maximum over time would let the future touch the past. So keys are not shifted; they are
-    exact for |u| <= 30, and saturate at e^-30 and e^30.
+    on a key reweights that key against the others: a shift by the key's own maximum is another function (LoLCATs'
+    `exp_dim` shifts each half of queries and keys by its own), and one by the maximum over time would let the future
+    touch the past. So keys are not shifted; they are exact for |u| <= 30, and saturate at e^-30 and e^30.
     """
     if is_query:
         return (u - u.amax(dim=-1, keepdim=True).detach()).exp()
@@ -214,7 +218,7 @@ def chunked(q, k, v, S, chunk_size):
 
 
 def few_chunks_at_once(q, k, v, S, chunk_size):
-    """`chunked` for a T of any length."""
+    """`chunked` for a T of any length: 16 chunks a call, so that its (N, N) triangle stays small."""
     y = []
     for parts in zip(*(x.split(16 * chunk_size, dim=2) for x in (q, k, v))):              # N <= 16
         y_i, S = chunked(*parts, S, chunk_size)
@@ -368,7 +372,7 @@ class LinearAttention(nn.Module):
     instead. The fused kernels ("auto" on a GPU) do without: they never write the features of the hedgehog maps.
     """
 
-    window = 0  # of HybridAttention
+    window = 0  # tokens that attend by softmax: HybridAttention sets it
 
     def __init__(self, n_head, head_dim, kind="hedgehog", bias=False, tie_qk=False, chunk_size=64, segment_size=256,
                  **map_options):
@@ -390,10 +394,10 @@ class LinearAttention(nn.Module):
         kernels, kind = None, self.map_q.kind
         has_map = kind == self.map_k.kind and kind in FUSED_MAPS
         has_map = has_map and self.map_q.weight.dtype != torch.float64                    # a W that the kernels refuse
-        # A hybrid has them make both maps, without a past, of a text that is longer than the window.
-        may = not self.window or has_map and state is None and not return_state and q.shape[2] > self.window
+        # A hybrid's kernels need a map that they make themselves, no state in or out, and a text beyond the window.
+        may = not self.window or (has_map and state is None and not return_state and q.shape[2] > self.window)
         if form == "auto" and q.dtype == k.dtype == v.dtype and may:
-            # Not the last word but for a hybrid: `linear_attention` asks for features alone, and says why not.
+            # If not, `linear_attention` below asks once more, for features alone, and says why; a hybrid does not ask.
             P = q.shape[-1] if has_map else self.map_q.feature_dim
             kernels = fused_kernels(v, P, has_map, say=self.window > 0)
         if kernels and has_map:
@@ -414,7 +418,7 @@ class LinearAttention(nn.Module):
 
     def attend(self, q, k, v, form, state, return_state, offset):
         phi_q, phi_k = self.map_q(q, offset, is_query=True), self.map_k(k, offset)        # (B, H, T, P)
-        if form == "auto" and q.is_cuda and q.dtype == torch.bfloat16:  # as wide as the kernels' products
+        if form == "auto" and q.is_cuda and q.dtype == torch.bfloat16:  # as the kernels round them
             phi_q, phi_k = phi_q.to(q.dtype), phi_k.to(q.dtype)
         y = linear_attention(phi_q, phi_k, v.to(phi_q.dtype), form, True, state, return_state, self.chunk_size)
         return (y[0].to(v.dtype), y[1]) if return_state else y.to(v.dtype)
@@ -426,10 +430,10 @@ class HybridAttention(LinearAttention):
         y_t = sum_{s<=t} a_ts v_s / sum_{s<=t} a_ts        a_ts = exp(q_t.k_s / sqrt(D))     where t - s < window
                                                            a_ts = g_t phi(q_t).phi(k_s)      where it is older
 
-    Not in the paper; LoLCATs (Zhang et al. 2024) does about this. The scale of the features cancels in linear
-    attention, but not here: a gate, log g_t = q_t.c + b with c (H, D) and b (H,), sets what a key in the window weighs
-    against one beyond. What a map's `is_query` divides by must then be put back: HYBRID_MAPS are those with a
-    `log_shift`.
+    Not in the paper; LoLCATs (Zhang et al. 2024) does something close to it. The scale of the features cancels in
+    linear attention, but not here: a gate, log g_t = q_t.c + b with c (H, D) and b (H,), sets what a key beyond the
+    window weighs against one in it. What `is_query` divides phi(q) by must then be multiplied back: HYBRID_MAPS are
+    those whose `log_shift` is known.
 
     Arguments as in LinearAttention. The state is a tuple: the last `window` keys, their values with the column of ones,
     both float32 at least, and the sum S over all older tokens. On a GPU, for the hedgehog maps, without a state and for
@@ -446,10 +450,11 @@ class HybridAttention(LinearAttention):
         self.window = window
         # Where q or k is 0, an old key starts at e^-5 of what a key in the window weighs. Old keys are many, and an
         # untrained map hardly tells them apart: at equal weight they drown the window, in a new model and in one that
-        # was just swapped in. Nor may they weigh nothing, or their maps would get no gradient.
+        # was just swapped in. Nor may they weigh nothing, or their maps would get no gradient. `at_zero` is
+        # phi(0).phi(0); for relu and t2r, where that is 0, D stands in for it.
         at_zero = {"hedgehog": 2 / head_dim, "hedgehog_exp": 2 * head_dim, "taylor": 1}.get(kind, head_dim)
         self.map_gate = nn.Parameter(torch.zeros(n_head, head_dim))
-        self.map_gate_bias = nn.Parameter(torch.full((n_head,), -5 - math.log(at_zero)))  # phi.phi; relu, t2r: about
+        self.map_gate_bias = nn.Parameter(torch.full((n_head,), -5 - math.log(at_zero)))
 
     def log_gate(self, q):
         """q (B, H, T, D) -> (B, H, T, 1): log g, and in it what the features of q have been divided by."""
