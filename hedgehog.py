@@ -26,6 +26,7 @@ Read from top to bottom: feature maps, four forms of linear attention, attention
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -98,7 +99,7 @@ class FeatureMap(nn.Module):
     def forward(self, x, offset=0, is_query=False):
         """x (B, H, T, D) -> (B, H, T, P). `offset`: position of x[:, :, 0] (cosformer). `is_query`: see `safe_exp`;
         without it the exponential maps saturate at e^-30 and e^30."""
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             x = at_least_float32(x)
             u = self.affine(x)
             if self.kind == "hedgehog":
@@ -136,7 +137,7 @@ class FeatureMap(nn.Module):
         return torch.cat((F.relu(x) * a.cos(), F.relu(x) * a.sin()), dim=-1)
 
 
-def safe_exp(u, is_query, cap=30.0):
+def safe_exp(u, is_query):
     """exp(u) (..., P) that neither overflows nor leaves a query without any weight.
 
     A factor on a query cancels in the normalised attention, so a query is shifted by its own maximum: exact. A factor
@@ -146,16 +147,20 @@ def safe_exp(u, is_query, cap=30.0):
     """
     if is_query:
         return (u - u.amax(dim=-1, keepdim=True).detach()).exp()
-    return u.clamp(-cap, cap).exp()
+    return u.clamp(-30.0, 30.0).exp()
 
 
 def orthogonal_gaussian(n_head, m, D):
     """(H, m, D): Gaussian rows, orthogonal within each block of D, which lowers the variance (Choromanski et al.)."""
     n_block = math.ceil(m / D)
-    Q, R = torch.linalg.qr(torch.randn(n_head, n_block, D, D))
+    Q, R = torch.linalg.qr(torch.randn(n_head, n_block, D, D, dtype=torch.float32))
     directions = (Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).flatten(1, 2)   # the signs make it uniform
     lengths = torch.randn(n_head, n_block * D, D).norm(dim=-1, keepdim=True)
     return (directions * lengths)[:, :m]
+
+
+def no_autocast(x):
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def at_least_float32(x):
@@ -260,7 +265,7 @@ def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state
     if causal and form in ("auto", "chunked") and q.shape[2] <= chunk_size and state is None and not return_state:
         form = "quadratic"  # one chunk with nothing before or after it: the state would be computed in vain
     dtype = v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
         v = F.pad(v, (0, 1), value=1.0)                                                   # (B, H, T, D+1)
         if state is None:
@@ -281,7 +286,7 @@ def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state
 
 def attention_weights(q, k, causal=True, eps=1e-30):
     """The (B, H, T, T) weights of linear attention for mapped q, k (B, H, T, P), for pictures and distillation."""
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         a = at_least_float32(q) @ at_least_float32(k).mT
         a = a.tril() if causal else a
         return divide(a, a.sum(dim=-1, keepdim=True), eps)
@@ -369,7 +374,8 @@ class LinearAttention(nn.Module):
     Features are twice as wide as q and k, so a long sequence is trained in segments: only the state between two
     segments is kept, and the backward pass recomputes the features of one segment at a time. That takes about the
     memory of softmax attention, for 35 to 60 % more time forward and backward. `segment_size=0` keeps everything
-    instead. The fused kernels ("auto" on a GPU) do without: they never write the features of the hedgehog maps.
+    instead, as torch.func's gradients need it. The fused kernels ("auto" on a GPU) do without segments: they never
+    write the features of the hedgehog maps.
     """
 
     window = 0  # tokens that attend by softmax: HybridAttention sets it
@@ -385,8 +391,9 @@ class LinearAttention(nn.Module):
     def forward(self, q, k, v, form="auto", state=None, return_state=False, offset=0):
         """Arguments as in `linear_attention`; `offset` is the position of the first token (cosformer)."""
         H, D = self.map_q.n_head, self.map_q.head_dim
-        if q.ndim != 4 or q.shape[1::2] != (H, D) or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
-            raise ValueError(f"expected q and k (B, {H}, T, {D}) and v (B, {H}, T, any), got {tuple(q.shape)}, "
+        if (q.ndim != 4 or q.shape[1::2] != (H, D) or not q.shape[2] or k.shape != q.shape or v.ndim != 4
+                or v.shape[:3] != q.shape[:3]):
+            raise ValueError(f"expected q and k (B, {H}, T, {D}) and v (B, {H}, T, any), T > 0, got {tuple(q.shape)}, "
                              f"{tuple(k.shape)} and {tuple(v.shape)}")
         if not all(x.is_floating_point() for x in (q, k, v)):
             raise ValueError(f"q, k and v must be floating-point, got {q.dtype}, {k.dtype} and {v.dtype}: cast them")
@@ -420,7 +427,8 @@ class LinearAttention(nn.Module):
         phi_q, phi_k = self.map_q(q, offset, is_query=True), self.map_k(k, offset)        # (B, H, T, P)
         if form == "auto" and q.is_cuda and q.dtype == torch.bfloat16:  # as the kernels round them
             phi_q, phi_k = phi_q.to(q.dtype), phi_k.to(q.dtype)
-        y = linear_attention(phi_q, phi_k, v.to(phi_q.dtype), form, True, state, return_state, self.chunk_size)
+        eps = 1e-30  # given: with torch.compile(dynamic=True) a default would be a variable, which checkpoint refuses
+        y = linear_attention(phi_q, phi_k, v.to(phi_q.dtype), form, True, state, return_state, self.chunk_size, eps)
         return (y[0].to(v.dtype), y[1]) if return_state else y.to(v.dtype)
 
 
@@ -458,23 +466,27 @@ class HybridAttention(LinearAttention):
 
     def log_gate(self, q):
         """q (B, H, T, D) -> (B, H, T, 1): log g, and in it what the features of q have been divided by."""
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             q = at_least_float32(q)
             gate, bias = (x.to(q.dtype).unsqueeze(-1) for x in (self.map_gate, self.map_gate_bias))
             return q @ gate + bias.unsqueeze(-1) + self.map_q.log_shift(q)                # (B, H, T, D) @ (H, D, 1)
 
-    def attend(self, q, k, v, form, state, return_state, offset, eps=1e-30, keys=None):
+    def attend(self, q, k, v, form, state, return_state, offset, keys=None):
         if form not in ("auto", "chunked", "recurrent"):
             raise ValueError(f"the hybrid has no form {form!r}: leave it at 'auto'")
-        T, W, G, dtype = q.shape[2], self.window, q.shape[1] // k.shape[1], v.dtype
-        with torch.autocast(q.device.type, enabled=False):
+        T, W, G, dtype, eps = q.shape[2], self.window, q.shape[1] // k.shape[1], v.dtype, 1e-30
+        with no_autocast(q):
             q, k = at_least_float32(q), at_least_float32(k)
             v = F.pad(v.to(q.dtype), (0, 1), value=1.0)                                   # (B, H or K, T, D+1)
             if keys is not None:
                 v = v.masked_fill(~keys[:, None, :, None], 0)
+            sizes = [(*k.shape[:2], *size) for size in ((W, k.shape[-1]), (W, v.shape[-1]),
+                                                        (self.map_q.feature_dim, v.shape[-1]))]
             if state is None:  # zeros in the column of ones, too: before the text stand W keys that count as none
-                sizes = (W, k.shape[-1]), (W, v.shape[-1]), (self.map_q.feature_dim, v.shape[-1])
-                state = [k.new_zeros(*k.shape[:2], *size) for size in sizes]
+                state = [k.new_zeros(size) for size in sizes]
+            if [x.shape for x in state] != sizes:
+                raise ValueError("the state is not of this hybrid, or of another batch: give what a call with the same "
+                                 "B, H, D, window and map has returned")
             k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)       # (B, H or K, W+T, D or D+1)
             phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k[:, :, :T])          # of the keys W tokens ago
             S = state[2]

@@ -705,6 +705,28 @@ def test_a_hybrid_gpt_is_one_graph_for_torch_compile_with_its_segments():
     assert_close(gradients(compiled), gradients(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("kind", ["hedgehog", "hedgehog_exp", "elu"])
+def test_segments_are_compiled_for_any_length(kind, window):
+    if window and torch.__version__ < "2.6":
+        pytest.skip("torch 2.5 stumbles over the square root of a D that it takes for a variable")
+    torch.compiler.reset()
+    layer = LinearAttention(2, 4, kind, segment_size=8)
+    if window:
+        layer = HybridAttention(2, 4, kind, segment_size=8, window=window)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T in (20, 23):
+        x = torch.randn(3, 1, 2, T, 4, requires_grad=True)
+        assert_close(*(torch.autograd.grad(f(*x).square().sum(), x) for f in (compiled, layer)))
+
+
+def test_attention_runs_without_data():
+    with torch.device("meta"):
+        for layer in (LinearAttention(2, 4), HybridAttention(2, 4, window=3)):
+            layer(*torch.randn(3, 1, 2, 20, 4)).sum().backward()
+            assert layer.map_q.weight.grad.shape == (2, 4, 4)
+
+
 @each_attention
 @pytest.mark.parametrize("short_conv", [0, 3])
 @pytest.mark.parametrize("pieces", [[1] * 16, [5, 1, 1, 7, 2], [3, 13]], ids=str)
@@ -865,6 +887,12 @@ BAD_CALLS = [
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x, x[:, :, :2], x)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4, segment_size=2)(x, x, x[:, :, :2])),
     (r"expected q and k \(B, 3, T, 4\)", lambda: LinearAttention(3, 4)(x, x, x)),
+    (r"expected q and k \(B, 2, T, 4\)", lambda: HybridAttention(2, 4, window=2)(*[x[:, :, :0]] * 3)),
+    (r"expected q and k \(B, 2, T, 4\)", lambda: HybridAttention(2, 4, window=2)(x, x, x[..., 0])),
+    ("state is not of this hybrid", lambda: HybridAttention(2, 4, window=2)(
+        x, x, x, state=HybridAttention(2, 4, window=3)(x, x, x, return_state=True)[1])),
+    ("state is not of this hybrid", lambda: HybridAttention(2, 4, window=2)(
+        x, x, x, state=HybridAttention(2, 4, window=2)(*[x.repeat(2, 1, 1, 1)] * 3, return_state=True)[1])),
     ("must be floating-point, got torch.int64", lambda: LinearAttention(2, 4)(x.long(), x.long(), x)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x[:, :1], x[:, :1], x)),
     ("17 tokens does not fit block_size=16", lambda: tiny_gpt()(ids)),
