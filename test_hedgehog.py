@@ -705,8 +705,7 @@ def test_a_hybrid_gpt_is_one_graph_for_torch_compile_with_its_segments():
     assert_close(gradients(compiled), gradients(model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize("kind", ["hedgehog", "hedgehog_exp", "elu"])
+@pytest.mark.parametrize("kind, window", [("hedgehog", 0), ("hedgehog_exp", 0), ("elu", 0), ("hedgehog_exp", 3)])
 def test_segments_are_compiled_for_any_length(kind, window):
     if window and torch.__version__ < "2.6":
         pytest.skip("torch 2.5 stumbles over the square root of a D that it takes for a variable")
@@ -714,8 +713,8 @@ def test_segments_are_compiled_for_any_length(kind, window):
     layer = LinearAttention(2, 4, kind, segment_size=8)
     if window:
         layer = HybridAttention(2, 4, kind, segment_size=8, window=window)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
-    for T in (20, 23):
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    for T in (12, 15):
         x = torch.randn(3, 1, 2, T, 4, requires_grad=True)
         assert_close(*(torch.autograd.grad(f(*x).square().sum(), x) for f in (compiled, layer)))
 
