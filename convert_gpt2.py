@@ -329,7 +329,8 @@ def load_maps(model, path):
     given = {name: p for name, p in checkpoint["model"].items() if name in maps}
     layers, known = tuple({name.split("map_")[0] for name in maps}), model.state_dict()  # some may keep softmax
     more = [name for name in checkpoint["model"] if name.startswith(layers) and name not in known]
-    if more or {name: p.shape for name, p in given.items()} != {name: p.shape for name, p in maps.items()}:
+    shapes = [{name: p.shape for name, p in held.items()} for held in (given, maps)]
+    if more or shapes[0] != shapes[1] or checkpoint["model_config"]["attention"] != model.config.attention:
         raise ValueError(f"{path} does not hold the feature maps of this model: --attention, --feature-bias, --tie-qk, "
                          "--learn-temperature, --hybrid-window or none, and the teacher must be those that it was made "
                          "with, and --softmax-layers at least as many")
@@ -463,7 +464,7 @@ class Results:
 
     def add(self, **row):
         key = {k: row[k] for k in ("name", "stage", "tokens")}.items()
-        row = dict(test_ppl=None, seconds=None, peak_gib=None) | row | provenance(self.device, self.command)
+        row = dict(test_ppl=None, seconds=None, peak_gib=None) | provenance(self.device, self.command) | row
         row["resumed"] = self.resumed
         self.change(lambda rows: [r for r in rows if not key <= r.items()] + [row])
         tqdm.write(f"{row['name']}, {row['stage']}: valid {row['valid_nats']:.4f} nats, "
@@ -490,7 +491,10 @@ def convert(config, *, held):
         raise ValueError("convert_gpt2.py is one process: start it with python, and continue its finetuned/ run with "
                          "torchrun train_gpt.py --resume")
     if config.export and gpt2_files() and Path(config.export).exists():
-        raise ValueError(f"--export {config.export} is there already: choose another folder or move it away")
+        if not config.resume:
+            raise ValueError(f"--export {config.export} is there already: choose another folder or move it away")
+        tqdm.write(f"{config.export} is there already, and stays as it is")
+        config = replace(config, export="")
     if not config.resume and not config.data:  # a resumed conversion goes on with the text it was started with
         config = replace(config, data=text_of(config.teacher))
     folder, name, say = table_folder(config), run_name(config), tqdm.write
@@ -552,12 +556,18 @@ def convert(config, *, held):
             results.add(**row, stage="distilled", tokens=tokens, **measure(student) | found)
     if not finished:
         reset_peak(device)
-        summary = train(stage2, student, command=results.command)
-        if config.steps:
-            kept = ("parameters", "tokens", "best_step", *before)
-            summary["seconds"] = summary["train_seconds"]
-            results.add(**row, stage="finetuned", **{k: summary[k] for k in kept})
+        train(stage2, student, command=results.command)
+    run = Path(stage2.out)
+    summary = json.loads((run / "summary.json").read_text())  # train_gpt.py --resume may have gone on with it
+    if config.steps and not (finished and results.find(name=name, stage="finetuned", tokens=summary["tokens"])):
+        told = ("parameters", "tokens", "best_step", "peak_gib", *provenance(device))
+        found = {k: x for k, x in summary.items() if k in told or k.startswith(("valid_", "test_"))}
+        results.add(**row, stage="finetuned", seconds=summary["train_seconds"], **found)
     if config.export:
+        planned = load_checkpoint(run / "last.pt", mmap=True)["config"]["steps"]
+        if planned != summary["steps"]:
+            raise ValueError(f"{run} is on its way to {planned} steps: python train_gpt.py --resume --out {run}, then "
+                             "--export")
         gpt2_files().export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
         say(f"wrote {config.export}")
     return results

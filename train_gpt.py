@@ -136,9 +136,12 @@ class TrainConfig(Options):
         super().__post_init__()
         check_least(self, steps=0, batch_size=1, accum=1, eval_every=1, warmup=0, lr=0, map_lr_scale=0, final_lr=0,
                     weight_decay=0)
-        if self.lora_rank > self.n_embd:
+        if self.lora_rank and self.lora_rank > self.n_embd:
             raise ValueError(f"--lora-rank {self.lora_rank} is no low rank for matrices of width {self.n_embd}: take "
                              "at most that")
+        if self.attention != "softmax" and self.softmax_layers >= self.n_layer > 0:
+            raise ValueError(f"--softmax-layers {self.softmax_layers} leaves none of {self.n_layer} layers to "
+                             f"{self.attention}: take fewer, or --attention softmax")
         if self.seed >= 2 ** 31 or not 0 <= self.beta2 < 1 or not self.clip > 0:
             raise ValueError("--seed must be below 2^31, --beta2 in [0, 1) and --clip above 0 (inf: no clipping), got "
                              f"{self.seed}, {self.beta2} and {self.clip}")
@@ -514,7 +517,8 @@ def provenance(device, command=""):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nodes = f"--nnodes {world // local} " if world > local else ""
     start, devices = (f"torchrun {nodes}--nproc-per-node {local}", f"{world} x ") if world > 1 else ("python", "")
-    return dict(command=command or " ".join([start, *sys.argv]), commit=commit or "unknown", torch=torch.__version__,
+    said = (a.encode(errors="surrogateescape").decode(errors="backslashreplace") for a in sys.argv)  # may be no UTF-8
+    return dict(command=command or " ".join([start, *said]), commit=commit or "unknown", torch=torch.__version__,
                 python=platform.python_version(), device=devices + device_name(device))
 
 
@@ -538,7 +542,7 @@ class Log:
         self.writer = csv.DictWriter(self.file, self.columns)
 
     def row(self, step, tokens_per_step, lr, state, nats, tokens_per_second, mfu, about):
-        train_nats = state["loss_sum"] / max(1, state["loss_count"])                      # the mean since the last row
+        train_nats = state["loss_sum"] / state["loss_count"] if state["loss_count"] else math.nan  # since the last row
         self.write((step, step * tokens_per_step, lr, train_nats, nats, perplexity(nats), state["seconds"],
                     tokens_per_second, mfu, state["peak_gib"], *about.values()))
 
@@ -767,6 +771,8 @@ def build(config, meta, device, model=None):
     torch.manual_seed(config.seed)
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"}
     if model is None:
+        if config.lora_rank and not config.resume:
+            raise ValueError("--lora-rank finetunes a trained model, and this one is new: convert_gpt2.py --lora-rank")
         model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
     if config.lora_rank:
         add_lora(model, config.lora_rank)
@@ -805,6 +811,8 @@ def start_folder(out, config, model, meta, device, say, held):
 
 def move_aside(out, say):
     """Returns where it is now."""
+    if out.resolve() == Path.cwd():
+        raise ValueError(f"--out {out} is the folder you are in, and holds an earlier run: choose another")
     aside = next(p for i in range(1, 10 ** 6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
     out.rename(aside)
     say(f"{out} held an earlier run: it is now {aside}")
@@ -830,7 +838,10 @@ def finish(config, model, data, out, device, autocast, micro, state, tokens_per_
 
 def encode_prompt(tokenizer, prompt):
     """(1, T) token ids."""
-    ids = tokenizer.encode(prompt)
+    try:
+        ids = tokenizer.encode(prompt)
+    except UnicodeEncodeError:  # bytes of the command line that this locale does not know
+        raise ValueError("--prompt is not UTF-8, or the terminal's locale is not: set LC_ALL=C.UTF-8") from None
     if not ids:
         raise ValueError("--prompt is empty: give at least one character")
     return torch.tensor([ids])

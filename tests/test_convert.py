@@ -572,8 +572,10 @@ def test_the_result_is_sampled_and_trained_further(command, tmp_path, flags):
     longer = parse_config(TrainConfig, train_gpt.PRESETS, ["--out", str(out), "--resume", "--steps", "6"])
     train(longer)
     assert load_checkpoint(out / "last.pt")["state"]["step"] == 6 and longer.lora_rank == 2 * bool(flags)
-    (row,) = command("--resume").find(stage="finetuned")  # whose steps are the conversion's
-    assert row["tokens"] == 4 * 4 * 32
+    rows = command("--resume").find(stage="finetuned")  # a row of its own: the first is of the conversion's steps
+    assert [row["tokens"] for row in rows] == [4 * 4 * 32, 6 * 4 * 32]
+    assert rows[1]["test_nats"] == json.loads((out / "summary.json").read_text())["test_nats"] != rows[0]["test_nats"]
+    assert command("--resume").rows[-2:] == rows
 
 
 @pytest.mark.parametrize("flags", [["--attention", "elu"], ["--attention", "performer"], ["--attention", "cosformer"],
@@ -633,8 +635,9 @@ def test_maps_of_an_earlier_run_are_taken_over_and_measured_elsewhere(command, t
     assert [r["stage"] for r in same] == ["distilled"] and same[0]["kl"] == first["kl"]
     longer = command(*flags, "--out", str(tmp_path / "longer")).find(stage="distilled")[0]
     assert len(longer["kl"]) == 2 and longer["kl"] != first["kl"]
-    with pytest.raises(ValueError, match="does not hold the feature maps of this model.*--attention"):
-        command(*flags, "--feature-bias", "--block-size", "16", "--name", "other")
+    for other in (["--feature-bias"], ["--attention", "hedgehog_exp"]):                  # which has the same weights
+        with pytest.raises(ValueError, match="does not hold the feature maps of this model.*--attention"):
+            command(*flags, *other, "--block-size", "16", "--name", "other")
 
 
 def test_a_conversion_of_another_length_gets_a_reference_of_that_length(command):
@@ -772,6 +775,28 @@ def test_low_rank_updates_start_at_nothing_train_alone_and_merge_into_plain_weig
     torch.testing.assert_close(other(idx)[0], after, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="--lora-rank 17 is no low rank for matrices of width 16"):
         TrainConfig(n_embd=16, lora_rank=17)
+
+
+def test_a_run_that_is_being_trained_further_is_not_exported(command, tmp_path, monkeypatch):
+    exported, out = tmp_path / "exported", tmp_path / "table/hedgehog/finetuned"
+    command("--no-reference")
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train_gpt, "interrupts", lambda say: stop_after(1))
+        train(parse_config(TrainConfig, train_gpt.PRESETS, ["--out", str(out), "--resume", "--steps", "6"]))
+    with pytest.raises(ValueError, match=f"on its way to 6 steps: python train_gpt.py --resume --out {out}"):
+        command("--resume", "--export", str(exported))
+    assert not exported.exists()
+    train(parse_config(TrainConfig, train_gpt.PRESETS, ["--out", str(out), "--resume"]))
+    command("--resume", "--export", str(exported))
+    idx = torch.randint(256, (2, 32))
+    assert torch.equal(load_gpt2(exported)(idx)[0], load_model(out / "best.pt")[0](idx)[0])
+
+
+def test_a_resumed_conversion_leaves_its_export_as_it_is(command, tmp_path, capsys):
+    rows = command("--no-reference", "--export", str(tmp_path / "exported")).rows
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "exported").iterdir()}
+    assert command("--resume").rows == rows and "exported is there already, and stays" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "exported").iterdir()} == before
 
 
 def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path):

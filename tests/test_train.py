@@ -368,6 +368,10 @@ def test_missing_and_short_data_are_refused(text_dir, tmp_path):
         train(config(text_dir, tmp_path / "run", "--attention", "performer", "--hybrid-window", "8"))
     with pytest.raises(ValueError, match="--prompt is empty"):  # before the run, not after it
         train(config(text_dir, tmp_path / "run", "--prompt", ""))
+    with pytest.raises(ValueError, match="--softmax-layers 2 leaves none of 2 layers to hedgehog: take fewer"):
+        train(config(text_dir, tmp_path / "run", "--softmax-layers", "2"))
+    with pytest.raises(ValueError, match="--lora-rank finetunes a trained model.*convert_gpt2.py --lora-rank"):
+        train(config(text_dir, tmp_path / "run", "--lora-rank", "2"))
     assert not (tmp_path / "run").exists()
     damage(text_dir, tmp_path / "data", lambda meta, folder: None)
     (tmp_path / "data" / "meta.json").write_text("{")
@@ -656,6 +660,26 @@ def test_sample_ends_quietly_when_its_reader_leaves_and_prints_on_an_ascii_termi
         process.stdout.read(10)
         process.stdout.close()
         assert process.wait(timeout=60) == 141 and process.stderr.read() == b""
+
+
+def test_arguments_that_are_not_utf8_are_told_of_and_recorded(text_dir, tmp_path):
+    data = tmp_path / "caf\udce9"                                         # what Python makes of the byte e9
+    data.symlink_to(text_dir)
+    run = script("train_gpt.py", *SMALL, "--data", str(data), "--out", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert "caf\\xe9" in json.loads((tmp_path / "run/summary.json").read_text())["command"]
+    for command in (["sample.py", str(tmp_path / "run")], ["train_gpt.py", *SMALL, "--data", str(text_dir)]):
+        run = script(*command, "--prompt", "\udcff")
+        assert run.returncode == 2 and "error: --prompt is not UTF-8" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_run_in_the_folder_one_is_in_is_never_overwritten(text_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(config(text_dir.resolve(), ".", "--steps", "0"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="--out . is the folder you are in, and holds an earlier run: choose another"):
+        train(config(text_dir.resolve(), ".", "--steps", "0"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("options", [dict(temperature=math.nan), dict(temperature=-1), dict(temperature=math.inf),
