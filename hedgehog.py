@@ -62,10 +62,10 @@ class FeatureMap(nn.Module):
     `weight` is (H, D, D), `scale` (1) times the identity at the start, `bias` (H, D), zero at the start. Near x = 0 the
     logarithm of both hedgehog maps' phi(q).phi(k) has the term scale^2 q.k / D, that of softmax's weight is q.k /
     sqrt(D): at scale = D^(1/4) training starts with attention about as peaked as softmax's. (Not exactly: hedgehog has
-    q.k / D less the product of their means, hedgehog_exp also scale^2 |k|^2 / 2D, so large keys weigh more.)
-    performer and taylor estimate exp(q.k / sqrt(D)) and take the 1 / sqrt(D) into x; the others see x as it is.
-    Features are float32 at least, also under autocast: float16 has too small a range. (On a GPU `attend` rounds them to
-    bfloat16, which has float32's range.)
+    scale^2 times q.k / D less the product of their means; hedgehog_exp has scale^2 |k|^2 / 2D besides, by which large
+    keys weigh more.) performer and taylor estimate exp(q.k / sqrt(D)) and take the 1 / sqrt(D) into x; the others see x
+    as it is. Features are float32 at least, also under autocast: float16 has too small a range. (On a GPU
+    `LinearAttention.attend` rounds those of bfloat16 inputs to bfloat16, which has float32's.)
     learn_temperature, not in the paper: W = weight exp(log_temperature), one number a head and map, 0 at the start. It
     adds no functions, but gives their peakedness a parameter of its own, which weight decay does not touch.
     flash-linear-attention differs: one joint softmax of [2xW, -2xW] and one W for all heads.
@@ -456,7 +456,7 @@ class HybridAttention(LinearAttention):
         check_hybrid(kind, window)
         super().__init__(n_head, head_dim, kind, *args, **options)
         self.window = window
-        # Where q or k is 0, an old key starts at e^-5 of what a key in the window weighs. Old keys are many, and an
+        # Where q and k are 0, an old key starts at e^-5 of what a key in the window weighs. Old keys are many, and an
         # untrained map hardly tells them apart: at equal weight they drown the window, in a new model and in one that
         # was just swapped in. Nor may they weigh nothing, or their maps would get no gradient. `at_zero` is
         # phi(0).phi(0); for relu and t2r, where that is 0, D stands in for it.

@@ -28,9 +28,10 @@ Design
               a running maximum; what is older is where the sums begin, one key of weight exp(log_den + q.c + b)
     window_grad_q, window_grad_kv    from the weights, made again: blocks of queries, which also have the gradients of
               what is older and of the gate (parts, as for W), and write delta = <do, y>; then blocks of keys. Three
-              programs a multiprocessor by their registers, in bfloat16 at D = 64. For 32,768 tokens and 12 heads they
-              take 0.38 ms both ways; what they read and write would take 84 % of that at 3 TB/s. Training with them
-              at 1,024 is 5 % faster than with flex_attention in their place, in 3 % less memory (experiments/gpu.md)
+              programs a multiprocessor by their registers (four of `window`), in bfloat16 at D = 64. For 32,768 tokens
+              and 12 heads the three take 0.38 ms; what they read and write would take 84 % of that at 3 TB/s.
+              Training with them at T = 1,024 is 5 % faster than with flex_attention in their place, in 3 % less memory
+              (experiments/gpu.md)
 
 Precision: sums and states are float32, of features in the type of the products. Those take bfloat16 operands for
 bfloat16 inputs, and for float16 (whose range is too small for features) and float32 three tf32 products each, which is
