@@ -240,7 +240,8 @@ def linear_attention(q, k, v, form="auto", causal=True, state=None, return_state
     """y_t = sum_{s<=t} (q_t.k_s) v_s / sum_{s<=t} (q_t.k_s), for q and k that have been through the feature map.
 
     q, k: (B, H, T, P), v: (B, H, T, D), all of one dtype and device. Returns y (B, H, T, D) in the dtype of v, and
-    with `return_state` the pair (y, state), the state being (B, H, P, D+1), float32 at least.
+    with `return_state` the pair (y, state), the state being (B, H, P, D+1), float32 at least. A k_s of zeros counts for
+    nothing, which is how padding is masked.
 
     form: "quadratic", "cumsum", "chunked" or "recurrent": the same function, for any T >= 1 and any chunk size.
     "auto" is "chunked", or on a GPU the kernels of hedgehog_triton.py where they can run.
