@@ -402,8 +402,8 @@ class LinearAttention(nn.Module):
         kernels, kind = None, self.map_q.kind
         has_map = kind == self.map_k.kind and kind in FUSED_MAPS
         has_map = has_map and self.map_q.weight.dtype != torch.float64                    # a W that the kernels refuse
-        # A hybrid's kernels need a map that they make themselves, no state in or out, and a text beyond the window.
-        may = not self.window or (has_map and state is None and not return_state and q.shape[2] > self.window)
+        # A hybrid's kernels need a map that they make themselves, no past, and a text beyond the window.
+        may = not self.window or (has_map and state is None and q.shape[2] > self.window)
         if form == "auto" and q.dtype == k.dtype == v.dtype and may:
             # If not, `linear_attention` below asks once more, for features alone, and says why; a hybrid does not ask.
             P = q.shape[-1] if has_map else self.map_q.feature_dim
@@ -412,7 +412,8 @@ class LinearAttention(nn.Module):
             q, k, v = rows_in_one_piece(q, k, v)
             maps = self.map_q.W(), self.map_k.W(), self.map_q.bias, self.map_k.bias
             if self.window:
-                return kernels.hybrid_attention(q, k, v, *maps, self.map_gate, self.map_gate_bias, self.window, kind)
+                gates = self.map_gate, self.map_gate_bias
+                return kernels.hybrid_attention(q, k, v, *maps, *gates, self.window, kind, return_state)
             return kernels.fused_attention(q, k, v, *maps, state, return_state, kind=kind)
         if kernels or form not in ("auto", "chunked") or not 0 < self.segment_size < q.shape[2]:
             return self.attend(q, k, v, form, state, return_state, offset)
@@ -445,7 +446,7 @@ class HybridAttention(LinearAttention):
     those whose `log_shift` is known.
 
     Arguments as in LinearAttention. The state is a tuple: the last `window` keys, their values with the column of ones,
-    both float32 at least, and the sum S over all older tokens. On a GPU, for the hedgehog maps, without a state and for
+    both float32 at least, and the sum S over all older tokens. On a GPU, for the hedgehog maps, without a past and for
     more than `window` tokens, fused kernels have what is older, and others join it with the window; `attend` itself is
     plain PyTorch, in float32 at least.
 

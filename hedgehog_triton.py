@@ -1127,11 +1127,12 @@ register("window", window_kernels, window_fake, save_window, run_window_backward
          window_backward_fake)
 
 
-def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hedgehog"):
-    """HybridAttention without a state, from raw q, k, v (B, H, T, D), T > window. gate (H, D), gate_bias (H,).
+def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hedgehog", return_state=False):
+    """HybridAttention from raw q, k, v (B, H, T, D), T > window, without a past. gate (H, D), gate_bias (H,).
 
     What is older than the window is linear attention of the queries over the keys `window` tokens ago. The inputs are
-    those of `fused_attention`, in one dtype: autocast is the caller's. ValueError for what does not match.
+    those of `fused_attention`, in one dtype: autocast is the caller's. Returns y (B, H, T, D), or with return_state
+    (y, the state as HybridAttention has it). ValueError for what does not match.
     """
     W = window
     if q.ndim != 4 or not q.shape == k.shape == v.shape or not 0 < W < q.shape[2]:
@@ -1142,7 +1143,11 @@ def hybrid_attention(q, k, v, wq, wk, bq, bk, gate, gate_bias, window, kind="hed
             raise ValueError(f"{name} must be {tuple(shape)}, floating-point and on {q.device}, got {tuple(x.shape)}, "
                              f"{x.dtype} on {x.device}")
     q, k, v = rows_in_reach(q, k, v)
-    far, log_den = fused_attention(q[:, :, W:], k[:, :, :-W], v[:, :, :-W], wq, wk, bq, bk, kind=kind,
-                                   return_log_den=True)                                   # (B, H, T-W, D), (B, H, T-W)
-    log_den, gate, gate_bias = (x.contiguous() for x in (log_den, gate, gate_bias))
-    return torch.ops.hedgehog.window(q, k, v, far, log_den, gate, gate_bias, W)[0]
+    far, log_den, *sums = fused_attention(q[:, :, W:], k[:, :, :-W], v[:, :, :-W], wq, wk, bq, bk, kind=kind,
+                                          return_log_den=True, return_state=return_state)
+    log_den, gate, gate_bias = (x.contiguous() for x in (log_den, gate, gate_bias))       # far: (B, H, T-W, D)
+    y = torch.ops.hedgehog.window(q, k, v, far, log_den, gate, gate_bias, W)[0]
+    if return_state:
+        last_k, last_v = (x[:, :, -W:].to(torch.float32, copy=True) for x in (k, v))
+        return y, (last_k, torch.nn.functional.pad(last_v, (0, 1), value=1.0), *sums)
+    return y

@@ -249,8 +249,8 @@ def log_den(T, D, dtype, kind):
                    dict(y=(2, 3, T, D), log_den=(2, 3, T)), dtype)
 
 
-def hybrid(T, window, dtype, kind, D=64, H=3, runs=2):
-    """HybridAttention against itself in float64, which is plain PyTorch."""
+def hybrid(T, window, dtype, kind, D=64, H=3, runs=2, state=False):
+    """HybridAttention against itself in float64, which is plain PyTorch; with `state`, what a prompt leaves, too."""
     inputs = raw(H, T, D)
     layer = HybridAttention(H, D, kind, bias=True, window=window, segment_size=0).to(device="cuda")
     parameters = {n: p.detach().double() + 0.3 / D ** 0.5 * torch.randn(p.shape, device="cuda", dtype=torch.float64)
@@ -262,10 +262,15 @@ def hybrid(T, window, dtype, kind, D=64, H=3, runs=2):
 
     def run(q, k, v, gate, **given):
         given = {names[n]: x for n, x in given.items()} | dict(map_gate=gate[:, :-1], map_gate_bias=gate[:, -1])
-        return dict(y=functional_call(layer, given, (q, k, v)))
-    return compare(f"H={H} T={T} D={D} {str(dtype)[6:]}, {kind}, hybrid, window {window}", run, run,
-                   inputs | {n: parameters[names[n]] for n in names} | dict(gate=gate), dict(y=(2, H, T, D)), dtype,
-                   runs)
+        if not state:
+            return dict(y=functional_call(layer, given, (q, k, v)))
+        y, left = functional_call(layer, given, (q, k, v), dict(return_state=True))
+        return dict(y=y, **dict(zip(("last_k", "last_v", "state"), left)))
+    shapes = dict(y=(2, H, T, D))
+    if state:
+        shapes |= dict(last_k=(2, H, window, D), last_v=(2, H, window, D + 1), state=(2, H, 2 * D, D + 1))
+    return compare(f"H={H} T={T} D={D} {str(dtype)[6:]}, {kind}, hybrid, window {window}" + ", its state" * state, run,
+                   run, inputs | {n: parameters[names[n]] for n in names} | dict(gate=gate), shapes, dtype, runs)
 
 
 def hybrid_cases():
@@ -279,6 +284,7 @@ def hybrid_cases():
         yield [partial(hybrid, 200, 1, fp32, kind), partial(hybrid, 1000, 64, bf16, kind, runs=10),
                partial(hybrid, 1000, 64, bf16, kind, H=100), partial(hybrid, 1000, 64, bf16, kind, H=1)]
         yield [partial(hybrid, 32768, 64, bf16, kind)]
+        yield [partial(hybrid, T, 64, dtype, kind, state=True) for dtype in (bf16, fp16, fp32) for T in (65, 1000)]
         yield [partial(hybrid, T, 64, dtype, kind, D) for D in (32, 128) for dtype in (bf16, fp32) for T in (70, 1000)]
 
 

@@ -334,13 +334,16 @@ def test_a_row_of_the_check_says_what_the_error_is_of_its_bound_and_of_rounding_
 def test_rows_of_the_hybrid_pass_and_see_a_wrong_denominator(kind, dtype, hybrids, monkeypatch):
     f = hedgehog_triton.fused_attention
     monkeypatch.setattr(check_triton, "fused_attention", f, raising=False)
-    rows = lambda: (check_triton.log_den(40, 32, dtype, kind), check_triton.hybrid(40, 9, dtype, kind, D=32))  # noqa
+
+    def rows():
+        return (check_triton.log_den(40, 32, dtype, kind), check_triton.hybrid(40, 9, dtype, kind, D=32),
+                check_triton.hybrid(40, 9, dtype, kind, D=32, state=True))
     with OnTheCPU():
         assert all(row["ok"] for row in rows()) and hybrids
 
         def wrong(*x, **options):
-            y, log_den = f(*x, **options)
-            return y, log_den + 0.1 * log_den.detach().abs().mean()
+            y, log_den, *state = f(*x, **options)
+            return y, log_den + 0.1 * log_den.detach().abs().mean(), *state
         monkeypatch.setattr(check_triton, "fused_attention", wrong)
         monkeypatch.setattr(hedgehog_triton, "fused_attention", wrong)
         assert not any(row["ok"] for row in rows())
@@ -492,11 +495,42 @@ def test_the_hybrids_queries_may_be_beyond_the_range_of_float32(hybrids):
     assert hybrids and all((ours[name] - b).norm() <= 1e-3 * b.norm() for name, b in true.items())
 
 
+@pytest.mark.parametrize("D, dtype, rtol", [(32, torch.float32, 1e-5), (64, torch.bfloat16, 0.02),
+                                            (128, torch.float32, 1e-5)])
+@pytest.mark.parametrize("kind", hedgehog.FUSED_MAPS)
+def test_the_hybrids_kernels_return_the_state_of_a_prompt(kind, D, dtype, rtol, hybrids):
+    T, window = 45, 9
+    layer = hybrid(kind, window, D=D, bias=True)
+    with torch.no_grad():
+        for p in (layer.map_q.weight, layer.map_k.weight):
+            p.mul_(32 / D)
+    inputs = [x.to(dtype).requires_grad_() for x in torch.randn(3, 1, T, 2, D).transpose(2, 3)]
+    true = [x.detach().double().requires_grad_() for x in inputs]
+
+    def run(layer, inputs):
+        y, state = layer(*inputs, return_state=True)
+        cotangents = [torch.randn(x.shape, generator=torch.Generator().manual_seed(x.ndim)) for x in (y, *state)]
+        total = sum((x.double() * g).sum() for x, g in zip((y, *state), cotangents))
+        return y, *state, *torch.autograd.grad(total, (*inputs, *layer.parameters()))
+    ours = run(layer, inputs)
+    assert len(hybrids) == 1 and [x.dtype for x in ours[:4]] == [dtype] + 3 * [torch.float32]
+    for a, b in zip(ours, run(layer.double(), true), strict=True):
+        assert a.shape == b.shape and (a - b).norm() <= rtol * b.norm()
+    # And a text goes on from it, a token at a time.
+    layer, whole = layer.to(torch.float32), [torch.cat((x, torch.randn(1, 2, 3, D)), dim=2).float() for x in inputs]
+    with torch.no_grad():
+        y, state = [], layer(*(x[:, :, :T] for x in whole), return_state=True)[1]
+        for t in range(T, T + 3):
+            y_t, state = layer(*(x[:, :, t:t + 1] for x in whole), state=state, return_state=True)
+            y.append(y_t)
+        torch.testing.assert_close(torch.cat(y, dim=2), plain(layer)(*whole)[:, :, T:], rtol=1e-4, atol=1e-4)
+
+
 def test_the_hybrid_is_plain_with_a_past_for_a_text_in_the_window_or_another_map(hybrids):
     def run(x, kind="hedgehog", *more, **options):
         return hybrid(kind, 8)(*x, *more, **options)
     x = torch.randn(3, 1, 2, 20, 32)
-    _, state = run(x, return_state=True)
+    _, state = run(x[:, :, :, :8], return_state=True)
     run(x, state=state), run(x[:, :, :, :8]), run(x, "elu"), run(x, "hedgehog", "chunked")
     run((x[0].bfloat16(), *x[1:]))                                                        # dtypes that differ
     hybrid("hedgehog", 8).double()(*x.double())
