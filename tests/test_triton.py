@@ -526,6 +526,24 @@ def test_the_hybrids_kernels_return_the_state_of_a_prompt(kind, D, dtype, rtol, 
         torch.testing.assert_close(torch.cat(y, dim=2), plain(layer)(*whole)[:, :, T:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_hybrid_gpt_reads_its_prompt_by_the_kernels_and_goes_on(compiled, hybrids):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=40, vocab_size=31, n_layer=2, n_head=2, n_embd=64, attention="hedgehog_exp",
+                          hybrid_window=5)).eval()
+    for p in model.parameters():
+        p.requires_grad_(False).add_(0.2 * torch.randn_like(p))
+    idx, cache, logits = torch.randint(31, (2, 30)), model.new_cache(), []
+    read = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    for piece in idx.split((20, 1, 1, 8), dim=1):
+        logits.append(read(piece, cache=cache)[0])
+    assert len(hybrids) == 2, "the prompt alone, once a layer"
+    hybrids.clear()
+    last = [logit[:, -1:] for logit in logits]
+    for n, logit in zip((20, 21, 22, 30), last):
+        torch.testing.assert_close(logit, model(idx[:, :n])[0][:, -1:], rtol=1e-4, atol=1e-4)
+
+
 def test_the_hybrid_is_plain_with_a_past_for_a_text_in_the_window_or_another_map(hybrids):
     def run(x, kind="hedgehog", *more, **options):
         return hybrid(kind, 8)(*x, *more, **options)
