@@ -490,11 +490,9 @@ def convert(config, *, held):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("convert_gpt2.py is one process: start it with python, and continue its finetuned/ run with "
                          "torchrun train_gpt.py --resume")
-    if config.export and gpt2_files() and Path(config.export).exists():
-        if not config.resume:
-            raise ValueError(f"--export {config.export} is there already: choose another folder or move it away")
-        tqdm.write(f"{config.export} is there already, and stays as it is")
-        config = replace(config, export="")
+    exported = bool(config.export and gpt2_files() and Path(config.export).exists())
+    if exported and not (config.resume and saved_config(config)["export"] == config.export):
+        raise ValueError(f"--export {config.export} is there already: choose another folder or move it away")
     if not config.resume and not config.data:  # a resumed conversion goes on with the text it was started with
         config = replace(config, data=text_of(config.teacher))
     folder, name, say = table_folder(config), run_name(config), tqdm.write
@@ -524,7 +522,9 @@ def convert(config, *, held):
     say(f"{name}: {config.teacher or 'the tiny softmax model'} with {config.attention} attention, on {why}")
     results, base = Results(folder, device), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
     known, made = results.find(**base), {row["stage"] for row in results.find(name=name) if config.resume}
-    finished = "finetuned" in made and (Path(stage2.out) / "summary.json").exists()  # or the row is of an earlier one
+    run = Path(stage2.out)  # which train_gpt.py may have finished, and gone on with
+    planned = load_checkpoint(run / "last.pt", mmap=True)["config"]["steps"] if stage2.resume else 0
+    finished = ("finetuned" in made or planned > config.steps) and (run / "summary.json").exists()
     if not known or not finished:
         before = measure(teacher)
         if any(abs(row["valid_nats"] - before["valid_nats"]) > 0.01 for row in known):  # a GPU and a CPU differ by less
@@ -557,13 +557,14 @@ def convert(config, *, held):
     if not finished:
         reset_peak(device)
         train(stage2, student, command=results.command)
-    run = Path(stage2.out)
-    summary = json.loads((run / "summary.json").read_text())  # train_gpt.py --resume may have gone on with it
+    summary = json.loads((run / "summary.json").read_text())
     if config.steps and not (finished and results.find(name=name, stage="finetuned", tokens=summary["tokens"])):
         told = ("parameters", "tokens", "best_step", "peak_gib", *provenance(device))
         found = {k: x for k, x in summary.items() if k in told or k.startswith(("valid_", "test_"))}
         results.add(**row, stage="finetuned", seconds=summary["train_seconds"], **found)
-    if config.export:
+    if exported:
+        say(f"{config.export} is there already, and stays as it is")
+    elif config.export:
         planned = load_checkpoint(run / "last.pt", mmap=True)["config"]["steps"]
         if planned != summary["steps"]:
             raise ValueError(f"{run} is on its way to {planned} steps: python train_gpt.py --resume --out {run}, then "

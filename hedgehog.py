@@ -486,9 +486,9 @@ class HybridAttention(LinearAttention):
                                                         (self.map_q.feature_dim, v.shape[-1]))]
             if state is None:  # zeros in the column of ones, too: before the text stand W keys that count as none
                 state = [k.new_zeros(size) for size in sizes]
-            if [x.shape for x in state] != sizes:
-                raise ValueError("the state is not of this hybrid, or of another batch: give what a call with the same "
-                                 "B, H, D, window and map has returned")
+            if [(x.shape, x.dtype, x.device) for x in state] != [(size, k.dtype, k.device) for size in sizes]:
+                raise ValueError("the state is not of this hybrid, or of another batch, dtype or device: give what a "
+                                 "call with the same B, H, D, window and map has returned")
             k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)       # (B, H or K, W+T, D or D+1)
             phi_q, phi_k = self.map_q(q, is_query=True), self.map_k(k[:, :, :T])          # of the keys W tokens ago
             S = state[2]

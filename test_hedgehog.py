@@ -892,6 +892,10 @@ BAD_CALLS = [
         x, x, x, state=HybridAttention(2, 4, window=3)(x, x, x, return_state=True)[1])),
     ("state is not of this hybrid", lambda: HybridAttention(2, 4, window=2)(
         x, x, x, state=HybridAttention(2, 4, window=2)(*[x.repeat(2, 1, 1, 1)] * 3, return_state=True)[1])),
+    ("state is not of this hybrid", lambda: HybridAttention(2, 4, window=2)(
+        x, x, x, state=HybridAttention(2, 4, "elu", window=2)(x, x, x, return_state=True)[1])),
+    ("state is not of this hybrid, or of another batch, dtype", lambda: HybridAttention(2, 4, window=2)(
+        x, x, x, state=HybridAttention(2, 4, window=2)(*[x.double()] * 3, return_state=True)[1])),
     ("must be floating-point, got torch.int64", lambda: LinearAttention(2, 4)(x.long(), x.long(), x)),
     (r"expected q and k \(B, 2, T, 4\)", lambda: LinearAttention(2, 4)(x[:, :1], x[:, :1], x)),
     ("17 tokens does not fit block_size=16", lambda: tiny_gpt()(ids)),

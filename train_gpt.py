@@ -459,6 +459,7 @@ def load_checkpoint(path, mmap=False):
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}: train one with python train_gpt.py, or mend the path")
     try:
+        mmap = mmap and str(path).isprintable()  # no file whose name is not UTF-8
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         complete = {"model", "optimizer", "state", "model_config", "meta", "config"} <= checkpoint.keys()
     except PermissionError:
@@ -811,8 +812,8 @@ def start_folder(out, config, model, meta, device, say, held):
 
 def move_aside(out, say):
     """Returns where it is now."""
-    if out.resolve() == Path.cwd():
-        raise ValueError(f"--out {out} is the folder you are in, and holds an earlier run: choose another")
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f"--out {out} is a folder you are in, and holds an earlier run: choose another")
     aside = next(p for i in range(1, 10 ** 6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
     out.rename(aside)
     say(f"{out} held an earlier run: it is now {aside}")
@@ -839,6 +840,7 @@ def finish(config, model, data, out, device, autocast, micro, state, tokens_per_
 def encode_prompt(tokenizer, prompt):
     """(1, T) token ids."""
     try:
+        prompt.encode()
         ids = tokenizer.encode(prompt)
     except UnicodeEncodeError:  # bytes of the command line that this locale does not know
         raise ValueError("--prompt is not UTF-8, or the terminal's locale is not: set LC_ALL=C.UTF-8") from None

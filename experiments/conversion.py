@@ -31,10 +31,10 @@ def options(folder, name):
 
 
 def conversions(rows):
-    """{name: {stage: row}}, the finetuned teachers first."""
+    """{name: {stage: row}}, the finetuned teachers first. Of a run trained further, the conversion's own row."""
     found = {}
     for row in sorted(rows, key=lambda row: (row["attention"] != "softmax", row["tokens"])):
-        found.setdefault(row["name"], {})[row["stage"]] = row
+        found.setdefault(row["name"], {}).setdefault(row["stage"], row)
     return found
 
 

@@ -797,6 +797,23 @@ def test_a_resumed_conversion_leaves_its_export_as_it_is(command, tmp_path, caps
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "exported").iterdir()}
     assert command("--resume").rows == rows and "exported is there already, and stays" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "exported").iterdir()} == before
+    (tmp_path / "exported").rename(tmp_path / "moved")
+    command("--resume")                                                                   # the flag is remembered
+    assert (tmp_path / "exported/model.safetensors").read_bytes() == (
+        tmp_path / "moved/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="--export .*moved is there already: choose another"):
+        command("--resume", "--export", str(tmp_path / "moved"))
+
+
+def test_a_conversion_that_train_gpt_finished_and_extended_is_resumed(command, tmp_path, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train_gpt, "interrupts", lambda say: stop_after(3))
+        command("--no-reference")
+    out = ["--out", str(tmp_path / "table/hedgehog/finetuned"), "--resume"]
+    for flags in ([], ["--steps", "6"]):
+        train(parse_config(TrainConfig, train_gpt.PRESETS, [*out, *flags]))
+    rows = command("--resume").rows
+    assert [(r["stage"], r["tokens"]) for r in rows[-2:]] == [("distilled", 6 * 4 * 32), ("finetuned", 6 * 4 * 32)]
 
 
 def test_a_finetuning_with_low_rank_updates_is_exported_merged(command, tmp_path):

@@ -677,7 +677,7 @@ def test_a_run_in_the_folder_one_is_in_is_never_overwritten(text_dir, tmp_path, 
     monkeypatch.chdir(tmp_path)
     train(config(text_dir.resolve(), ".", "--steps", "0"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="--out . is the folder you are in, and holds an earlier run: choose another"):
+    with pytest.raises(ValueError, match="--out . is a folder you are in, and holds an earlier run: choose another"):
         train(config(text_dir.resolve(), ".", "--steps", "0"))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
