@@ -279,7 +279,7 @@ def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
     assert launched == [x["q"].shape] * 2, "the forward and the backward pass"
 
 
-def test_a_chunk_less_does_not_cut_the_text_into_many_more_segments(monkeypatch):
+def test_segments_cover_the_text_in_few_waves(monkeypatch):
     # Once 4,096 tokens were 8 segments and 4,032 were 63, each with sums in float32 as large as four chunks of q.
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     for programs, n_chunks in itertools.product((12, 24, 48, 96, 192, 384, 768), range(2, 300)):
