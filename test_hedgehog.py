@@ -719,6 +719,16 @@ def test_segments_are_compiled_for_any_length(kind, window):
         assert_close(*(torch.autograd.grad(f(*x).square().sum(), x) for f in (compiled, layer)))
 
 
+@each_map
+def test_a_map_is_made_under_a_default_of_half_precision(kind):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        y = LinearAttention(2, 4, kind)(*torch.randn(3, 1, 2, 5, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+
+
 def test_attention_runs_without_data():
     with torch.device("meta"):
         for layer in (LinearAttention(2, 4), HybridAttention(2, 4, window=3)):

@@ -811,8 +811,11 @@ def test_a_conversion_that_train_gpt_finished_and_extended_is_resumed(command, t
         command("--no-reference")
     out = ["--out", str(tmp_path / "table/hedgehog/finetuned"), "--resume"]
     for flags in ([], ["--steps", "6"]):
-        train(parse_config(TrainConfig, train_gpt.PRESETS, [*out, *flags]))
+        with monkeypatch.context() as m:
+            m.setattr(train_gpt, "device_name", lambda _: "another computer")
+            train(parse_config(TrainConfig, train_gpt.PRESETS, [*out, *flags]))
     rows = command("--resume").rows
+    assert [r["device"] == "another computer" for r in rows[-2:]] == [False, True]
     assert [(r["stage"], r["tokens"]) for r in rows[-2:]] == [("distilled", 6 * 4 * 32), ("finetuned", 6 * 4 * 32)]
 
 

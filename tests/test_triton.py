@@ -516,6 +516,7 @@ def test_the_hybrids_kernels_return_the_state_of_a_prompt(kind, D, dtype, rtol, 
     assert len(hybrids) == 1 and [x.dtype for x in ours[:4]] == [dtype] + 3 * [torch.float32]
     for a, b in zip(ours, run(layer.double(), true), strict=True):
         assert a.shape == b.shape and (a - b).norm() <= rtol * b.norm()
+    assert not {x.untyped_storage().data_ptr() for x in ours[1:4]} & {x.untyped_storage().data_ptr() for x in inputs}
     # And a text goes on from it, a token at a time.
     layer, whole = layer.to(torch.float32), [torch.cat((x, torch.randn(1, 2, 3, D)), dim=2).float() for x in inputs]
     with torch.no_grad():
