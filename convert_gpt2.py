@@ -523,8 +523,10 @@ def convert(config, *, held):
     results, base = Results(folder, device), dict(name="teacher", attention="softmax", stage="teacher", tokens=0)
     known, made = results.find(**base), {row["stage"] for row in results.find(name=name) if config.resume}
     run = Path(stage2.out)  # which train_gpt.py may have finished, and gone on with
-    planned = load_checkpoint(run / "last.pt", mmap=True)["config"]["steps"] if stage2.resume else 0
-    finished = ("finetuned" in made or planned > config.steps) and (run / "summary.json").exists()
+
+    def planned():
+        return load_checkpoint(run / "last.pt", mmap=True)["config"]["steps"]
+    finished = (run / "summary.json").exists() and ("finetuned" in made or stage2.resume and planned() > config.steps)
     if not known or not finished:
         before = measure(teacher)
         if any(abs(row["valid_nats"] - before["valid_nats"]) > 0.01 for row in known):  # a GPU and a CPU differ by less
@@ -559,17 +561,16 @@ def convert(config, *, held):
         train(stage2, student, command=results.command)
     summary = json.loads((run / "summary.json").read_text())
     if config.steps and not (finished and results.find(name=name, stage="finetuned", tokens=summary["tokens"])):
-        told = ("parameters", "tokens", "best_step", "peak_gib", *provenance(device))
-        found = {k: x for k, x in summary.items() if k in told or k.startswith(("valid_", "test_"))}
+        kept = ("parameters", "tokens", "best_step", "peak_gib", *provenance(device))
+        found = {k: x for k, x in summary.items() if k in kept or k.startswith(("valid_", "test_"))}
         results.add(**row, stage="finetuned", seconds=summary["train_seconds"], **found)
     if exported:
         say(f"{config.export} is there already, and stays as it is")
     elif config.export:
-        planned = load_checkpoint(run / "last.pt", mmap=True)["config"]["steps"]
-        if planned != summary["steps"]:
-            raise ValueError(f"{run} is on its way to {planned} steps: python train_gpt.py --resume --out {run}, then "
-                             "--export")
-        gpt2_files().export(load_model(folder / name / "finetuned" / "best.pt")[0], config.export)
+        if planned() != summary["steps"]:
+            raise ValueError(f"{run} is on its way to {planned()} steps: python train_gpt.py --resume --out {run}, "
+                             "then --export")
+        gpt2_files().export(load_model(run / "best.pt")[0], config.export)
         say(f"wrote {config.export}")
     return results
 

@@ -841,9 +841,9 @@ def encode_prompt(tokenizer, prompt):
     """(1, T) token ids."""
     try:
         prompt.encode()
-        ids = tokenizer.encode(prompt)
     except UnicodeEncodeError:  # bytes of the command line that this locale does not know
         raise ValueError("--prompt is not UTF-8, or the terminal's locale is not: set LC_ALL=C.UTF-8") from None
+    ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("--prompt is empty: give at least one character")
     return torch.tensor([ids])
