@@ -315,7 +315,7 @@ def evaluate(model, tokens, block_size, batch_size, device, autocast=nullcontext
         count = (y >= 0).sum().item()
         total += torch.tensor([loss.item() * count, count], dtype=torch.float64)
     model.train(was_training)
-    nats, count = over_processes(total.tolist(), device, world)
+    nats, count = over_processes(total.tolist(), world)
     return nats / count
 
 
@@ -384,11 +384,11 @@ def largest(*values):
     return max((v for v in values if v is not None), default=None)
 
 
-def over_processes(values, device, world):
-    """The sums of a few floats over all processes."""
+def over_processes(values, world):
+    """The sums of a few floats over all processes, which meet on their CPUs: nothing waits for what a GPU is doing."""
     if world == 1:
         return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
+    values = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(values)
     return values.tolist()
 
@@ -617,10 +617,10 @@ def train_step(model, optimizer, tokens, config, step, device, autocast, rank, w
     return torch.stack((total, norm))
 
 
-def steps_ahead(device, world):
-    """How many steps are begun before the last one is waited for, so that a GPU has work while the CPU reads a batch.
-    Several processes agree on the loss after each step, which waits for all that was begun: none there."""
-    return 1 if device.type == "cuda" and world == 1 else 0
+def steps_ahead(device):
+    """How many steps are begun before the last one is waited for, so that a GPU has work while the CPU reads a batch
+    or, where several processes train, agrees with the others on the loss."""
+    return 1 if device.type == "cuda" else 0
 
 
 def send_home(values):
@@ -659,7 +659,7 @@ def train(config, model=None, how="add --resume to the command", command="", *, 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
     device, dtype, why = pick_device(config.device, config.dtype)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     say = tqdm.write if rank == 0 else lambda text: None
     if config.batch_size % (world * config.accum):
         raise ValueError(f"--batch-size {config.batch_size} must be a multiple of --accum {config.accum} x {world} "
@@ -704,7 +704,7 @@ def train(config, model=None, how="add --resume to the command", command="", *, 
             values, arrived = begun.pop(0)
             if arrived:
                 arrived.synchronize()
-            loss, norm = over_processes([x / world for x in values.tolist()], device, world)
+            loss, norm = over_processes([x / world for x in values.tolist()], world)
             stop_if_not_finite(loss + norm, state["step"], config)                        # before anything is saved
             now = time.perf_counter()
             seconds.append(now - since)
@@ -738,8 +738,8 @@ def train(config, model=None, how="add --resume to the command", command="", *, 
                 since = time.perf_counter()
             values = train_step(model, optimizer, data["train"], config, step, device, autocast, rank, world)
             begun.append(send_home(values))
-            settle(steps_ahead(device, world))
-            if over_processes([len(received)], device, world)[0]:
+            settle(steps_ahead(device))
+            if over_processes([len(received)], world)[0]:
                 settle(0)
                 save("last.pt")
                 say(f"stopped after step {step + 1}, saved: {how} to go on")

@@ -64,7 +64,7 @@ def script(*command, **options):
 def test_a_resumed_run_continues_to_the_last_bit(text_dir, tmp_path, monkeypatch, attention, ahead, flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(config(text_dir, whole, "--attention", attention, *flags))
-    monkeypatch.setattr(train_gpt, "steps_ahead", lambda device, world: ahead)  # as on a GPU: the same curve
+    monkeypatch.setattr(train_gpt, "steps_ahead", lambda device: ahead)  # as on a GPU: the same curve
     with monkeypatch.context() as m:
         m.setattr(train_gpt, "interrupts", lambda say: stop_after(4))  # not at an evaluation
         with pytest.raises(SystemExit) as stopped:
@@ -149,10 +149,17 @@ def test_ctrl_c_saves_before_it_leaves(text_dir, tmp_path):
     assert load_checkpoint(tmp_path / "last.pt")["state"]["step"] > 0
 
 
-def test_two_processes_train_the_same_curve_as_one(text_dir, tmp_path):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_two_processes_train_the_same_curve_as_one(text_dir, tmp_path, ahead):
     flags = [*SMALL, "--data", str(text_dir), "--dropout", "0"]
     train(parse_config(TrainConfig, PRESETS, [*flags, "--out", str(tmp_path / "one")]))
-    two = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_gpt.py", *flags,
+    program = Path("train_gpt.py")
+    if ahead:  # as on GPUs
+        program = tmp_path / "as_on_gpus.py"
+        program.write_text("import sys\nsys.path.insert(0, '.')\nimport train_gpt as t\n"
+                           "t.steps_ahead = lambda device: 1\n"
+                           "t.train(t.parse_config(t.TrainConfig, t.PRESETS))\n")
+    two = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), *flags,
                  "--out", str(tmp_path / "two"), "--accum", "2")
     assert two.returncode == 0, two.stderr
     a, b = np.array(rows(tmp_path / "one"), float), np.array(rows(tmp_path / "two"), float)
@@ -574,7 +581,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(te
             hook.remove()
 
     monkeypatch.setattr(train_gpt, "train_step", step)
-    monkeypatch.setattr(train_gpt, "steps_ahead", lambda device, world: ahead)
+    monkeypatch.setattr(train_gpt, "steps_ahead", lambda device: ahead)
     with pytest.raises(ValueError, match=f"the loss or its gradient is .* at step {bad_step}, .* is good: lower --lr"):
         train(config(text_dir, tmp_path, "--eval-every", "3"))
     last = load_checkpoint(tmp_path / "last.pt")
