@@ -6,7 +6,7 @@ The rows of each folder's summary.json are added to experiments/results/convert/
 replaced), each with the flags by which it departs from its preset; the curves of both stages go beside them, then the
 figures are drawn and the table printed. --out names another folder: sweep/ holds the distillations that chose their
 rate, before/ an earlier table and the finetunings that chose theirs, 98M/ longer finetunings from another teacher,
-98M-controls/ a bare window and T2R from a third, 393M/ the longest from a fourth.
+98M-controls/ a bare window and T2R from a third, 393M/ the longest, and two more of 98M, from a fourth.
 """
 
 import argparse
