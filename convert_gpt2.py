@@ -132,6 +132,11 @@ def run_name(config):
     return config.name or config.attention + more + ("-undistilled" if undistilled else "")
 
 
+def reference_name(config):
+    """Of the teacher, finetuned as the conversion is."""
+    return f"softmax-lora{config.lora_rank}" if config.lora_rank else "softmax"
+
+
 def saved_config(config):
     path = table_folder(config) / run_name(config) / "config.json"
     try:
@@ -472,13 +477,13 @@ class Results:
 
     def __str__(self):
         """The table."""
-        head = ("name", "stage", "tokens", "nats", "valid ppl", "test ppl", "ratio", "seconds")
+        head = ("name", "stage", "tokens", "nats", "valid ppl", "test ppl", "ratio", "seconds", "GiB")
         width = max([22, *(len(r["name"]) for r in self.rows)]) + 2
-        form = f"{{:{width}}}{{:10}}{{:>13}}{{:>9}}{{:>11}}{{:>11}}{{:>8}}{{:>9}}".format
+        form = f"{{:{width}}}{{:10}}{{:>13}}{{:>9}}{{:>11}}{{:>11}}{{:>8}}{{:>9}}{{:>7}}".format
         lines = [form(*head)]
         for r in self.rows:
             numbers = ((r["valid_nats"], 4), (r["valid_ppl"], 2), (r["test_ppl"], 2), (ratio(r, self.rows), 3),
-                       (r["seconds"], 0))
+                       (r["seconds"], 0), (r["peak_gib"], 1))
             lines.append(form(r["name"], r["stage"], f"{r['tokens']:,}",
                               *("-" if x is None else f"{x:.{digits}f}" for x, digits in numbers)))
         return "\n".join(lines)
@@ -505,6 +510,10 @@ def convert(config, *, held):
     check_can_be_made(folder / name, "--out")
     if config.export:
         check_can_be_made(Path(config.export), "--export")
+        stages = [(folder / run / stage).resolve() for run in (name, reference_name(config))
+                  for stage in ("distilled", "finetuned")]
+        if Path(config.export).resolve() in (*stages, *(above for stage in stages for above in stage.parents)):
+            raise ValueError(f"--export {config.export} is where the conversion itself goes: choose another folder")
     teacher, tokenizer = load_teacher(config)
     student = swap(teacher, config)
     stage1 = stage_config(config, student, "distilled", steps=config.distill_steps, accum=1, lr=config.distill_lr,
@@ -538,9 +547,8 @@ def convert(config, *, held):
     beside = references(results.rows, config.lora_rank, config.steps * config.batch_size * stage2.block_size)
     if config.reference and not is_plain(config) and config.steps and not beside:
         say("first the teacher, finetuned for as many steps, is what the result is compared with")
-        rank = f"softmax-lora{config.lora_rank}" if config.lora_rank else ""              # else its own name, softmax
-        reference = replace(config, attention="softmax", name=rank, maps="", export="", short_conv=0, softmax_layers=0,
-                            window=0, hybrid_window=0)
+        reference = replace(config, attention="softmax", name=reference_name(config), maps="", export="", short_conv=0,
+                            softmax_layers=0, window=0, hybrid_window=0)
         results.rows = convert(replace(reference, resume=config.resume and was_begun(reference))).rows
 
     told = ("attention", "short_conv", "softmax_layers", "window", "hybrid_window", "lora_rank")

@@ -7,7 +7,8 @@ Design
     Linear attention is bound by memory traffic, not by arithmetic: features are twice as wide as q and k. So features
     are made in registers from an (L, D) tile of q or k and never written; the backward pass makes them again.
     Time is cut into chunks of L = 64 tokens. The two halves of the map are two tiles (p, m), so that every product
-    is (64, D) x (D, D) or (64, D) x (D, 64), the shape that a Hopper tensor core takes in one go.
+    is (64, D) x (D, D) or (64, D) x (D, 64), the shape that a Hopper tensor core takes in one go. In float32, as which
+    float16 is computed, L is 32, at D = 128 16: what fits into shared memory.
 
     forward   one program walks along a head, the state S (2D, D) in float32 registers:
               y_n = tril(phi_q phi_k^T) v + phi_q S,    S += phi_k^T v
@@ -51,10 +52,11 @@ T = 1,024, and 0.96 instead of 1.15 at 16,384 (experiments/results/triton-varian
 
 Bounds of `hedgehog`, on an H100 at T = 1,024 (experiments/results/triton-ncu.json; at 1.8 GHz): what must be read and
 written once takes, at 3 TB/s, 38 % of the time of forward, 73 % of states, 58 % of grad_kv and 63 % of grad_q; their
-sum is 58 % of the time of all four, and a single pass each way that kept all else on the chip would be 25 %. A chunk's
-work is a chain of small products, reductions and barriers, and two programs hide little of it: an instruction is issued
-in 21 to 28 of 100 cycles, tensor cores are busy in 13 to 19, and a warp waits for memory in 17 to 47 % of the samples,
-for the last instruction's result in 15 to 22, at barriers in 13 to 15, for shared memory in 6 to 16.
+sum is 58 % of the time of all four, and a single pass each way that kept all else on the chip would be 25 %, 0.21 of
+0.84 ms. A chunk's work is a chain of small products, reductions and barriers, and two programs hide little of it: an
+instruction is issued in 21 to 28 of 100 cycles, tensor cores are busy in 13 to 19, and a warp waits for memory in 17 to
+47 % of the samples, for the last instruction's result in 15 to 22, at barriers in 13 to 15, for shared memory in 6 to
+16.
 
 Tried and left: keeping S_n from the forward pass, so that the backward pass walks once, and making all three gradients
 in one kernel: 0.76 ms, but 100 MiB more kept a layer at 32,768 tokens, and a kernel more to read.
@@ -79,7 +81,7 @@ if "disable_licm" not in inspect.signature(tl.range.__init__).parameters:
     raise ImportError(f"Triton {triton.__version__} is too old for hedgehog_triton.py, which needs 3.5: "
                       "upgrade PyTorch")
 
-CHUNKS_PER_PROGRAM = 8           # of the gradient kernels
+CHUNKS_PER_PROGRAM = 8           # of the gradient kernels: enough that a program's share of dW is little to write
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of the walking kernels: what their registers allow
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -460,6 +461,10 @@ def load_checkpoint(path, mmap=False):
         raise ValueError(f"no checkpoint at {path}: train one with python train_gpt.py, or mend the path")
     try:
         mmap = mmap and str(path).isprintable()  # no file whose name is not UTF-8
+        if not mmap:
+            with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums, and compares none
+                if archive.testzip():
+                    raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         complete = {"model", "optimizer", "state", "model_config", "meta", "config"} <= checkpoint.keys()
     except PermissionError:

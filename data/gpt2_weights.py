@@ -174,8 +174,7 @@ def gpt2_config(path):
 def export(model, folder):
     """model.safetensors and config.json, in GPT-2's layout: load_gpt2 reads them, transformers too if it is softmax."""
     folder, c = Path(folder), model.config
-    part = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # nobody else's, so that it may be removed
     part.mkdir(parents=True)
     try:
         tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -187,6 +186,7 @@ def export(model, folder):
             vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=c.tie_head,
             hedgehog=asdict(c)))
+        shutil.copymode(part / "config.json", part / "model.safetensors")  # which safetensors writes for its owner alone
         for name in ("model.safetensors", "config.json"):
             save_sha256(part / name)
         os.replace(part, folder)

@@ -886,6 +886,28 @@ def test_an_export_that_fails_leaves_nothing_and_one_never_replaces_another(comm
     assert not (tmp_path / "table").exists()
 
 
+def test_an_export_leaves_what_is_beside_it_alone(tmp_path):
+    (tmp_path / "exported.tmp").mkdir()
+    (tmp_path / "exported.tmp" / "mine").write_text("not ours")
+    export(small_gpt(), tmp_path / "exported")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exported", "exported.tmp"]
+    assert (tmp_path / "exported.tmp" / "mine").read_text() == "not ours"
+    assert len({p.stat().st_mode for p in (tmp_path / "exported").iterdir()}) == 1        # who may read one, may read all
+
+
+@pytest.mark.parametrize("where", [".", "hedgehog", "hedgehog/distilled", "hedgehog/finetuned", "softmax",
+                                   "softmax/finetuned", "../table/hedgehog"])
+def test_an_export_into_the_conversion_is_refused_before_anything_is_made(command, tmp_path, where):
+    with pytest.raises(ValueError, match="--export .* is where the conversion itself goes: choose another folder"):
+        command("--export", str(tmp_path / "table" / where))
+    assert not (tmp_path / "table").exists()
+
+
+def test_an_export_beside_the_stages_is_fine(command, tmp_path):
+    command("--no-reference", "--export", str(tmp_path / "table/hedgehog/exported"))
+    assert load_gpt2(tmp_path / "table/hedgehog/exported").config.attention == "hedgehog"
+
+
 def huggingface_gpt2(folder, **options):
     """A random GPT-2 of the transformers library, saved by it, with weights large enough for its logits to differ."""
     transformers = pytest.importorskip("transformers")
@@ -901,7 +923,9 @@ def huggingface_gpt2(folder, **options):
 
 @pytest.mark.parametrize("options", [
     dict(n_layer=2, n_head=2, n_embd=32), dict(n_layer=3, n_head=5, n_embd=40),
-    dict(n_layer=2, n_head=4, n_embd=64, tie_word_embeddings=False)])
+    dict(n_layer=2, n_head=4, n_embd=64, tie_word_embeddings=False),
+    *(dict(n_layer=1, n_head=n_head, n_embd=64 * n_head, tie_word_embeddings=tied)        # the widths of GPT-2's four
+      for n_head, tied in ((12, True), (16, True), (20, False), (25, True)))])
 def test_the_transformers_library_computes_the_same_and_writes_the_same_text(tmp_path, options):
     theirs = huggingface_gpt2(tmp_path / "hub", **options)
     ours, idx = load_gpt2(tmp_path / "hub"), torch.randint(300, (2, 20))

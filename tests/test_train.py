@@ -433,6 +433,17 @@ def test_a_damaged_checkpoint_says_what_to_do(text_dir, tmp_path, content, capsy
     assert e.value.code == 2 and "damaged" in capsys.readouterr().err and not (tmp_path / "it ran").exists()
 
 
+def test_a_checkpoint_with_a_changed_weight_is_damaged(text_dir, tmp_path):
+    train(config(text_dir, tmp_path / "run", "--steps", "0"))
+    path = tmp_path / "run" / "best.pt"
+    whole = path.read_bytes()
+    some = load_checkpoint(path)["model"]["transformer.wte.weight"][3].numpy().tobytes()
+    at = whole.index(some)
+    path.write_bytes(whole[:at] + bytes(4) + whole[at + 4:])  # a finite number, in the place of another
+    with pytest.raises(ValueError, match="best.pt is damaged"):
+        train_gpt.load_model(path)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(text_dir, tmp_path):
     flags = ("--lr", "1e30", "--clip", "1e30", "--warmup", "1")
     with pytest.raises(ValueError, match=r"at step \d+, learning rate 1e\+30.*lower --lr"):
