@@ -379,8 +379,9 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
                 stop_if_not_finite(means[0], step, config, "--distill-lr")
                 say(f"step {step:5d}  KL {means[2]:.4f} nats, by layer " + " ".join(f"{x:.3f}" for x in report["kl"]))
                 save()
+                train_loss = state["loss_sum"] / state["loss_count"] if state["loss_count"] else math.nan  # since then
                 log.write((step, step * config.batch_size * config.block_size, learning_rate(step, config),
-                           state["loss_sum"] / max(1, state["loss_count"]), *means, state["seconds"],
+                           train_loss, *means, state["seconds"],
                            state["peak_gib"], *about.values(), *(x for kind in KINDS for x in report[kind])))
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:

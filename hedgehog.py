@@ -80,12 +80,24 @@ class FeatureMap(nn.Module):
         self.kind, self.n_head, self.head_dim, self.temperature, self.max_len = kind, H, D, temperature, max_len
         self.feature_dim = {"performer": m, "taylor": 1 + D + D * D, "hedgehog": 2 * D, "hedgehog_exp": 2 * D,
                             "cosformer": 2 * D}.get(kind, D)
-        learned = kind in LEARNED_MAPS
-        self.weight = nn.Parameter(scale * torch.eye(D).repeat(H, 1, 1)) if learned else None
-        self.bias = nn.Parameter(torch.zeros(H, D)) if learned and (bias or kind == "t2r") else None
-        self.log_temperature = nn.Parameter(torch.zeros(H)) if learned and learn_temperature else None
+        learned, self.scale = kind in LEARNED_MAPS, scale
+        self.weight = nn.Parameter(torch.empty(H, D, D)) if learned else None
+        self.bias = nn.Parameter(torch.empty(H, D)) if learned and (bias or kind == "t2r") else None
+        self.log_temperature = nn.Parameter(torch.empty(H)) if learned and learn_temperature else None
         if kind == "performer":
-            self.register_buffer("projection", orthogonal_gaussian(H, m, D))
+            self.register_buffer("projection", torch.empty(H, m, D))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """As new: for a model that was made on the meta device, after its `to_empty`."""
+        if self.weight is not None:
+            self.weight.copy_(self.scale * torch.eye(self.head_dim))
+        for p in (self.bias, self.log_temperature):
+            if p is not None:
+                p.zero_()
+        if self.kind == "performer":
+            self.projection.copy_(orthogonal_gaussian(*self.projection.shape))
 
     def W(self):
         """(H, D, D): the weight, times the temperature of its head if that is learned."""
@@ -458,13 +470,21 @@ class HybridAttention(LinearAttention):
         check_hybrid(kind, window)
         super().__init__(n_head, head_dim, kind, *args, **options)
         self.window = window
+        self.map_gate = nn.Parameter(torch.empty(n_head, head_dim))
+        self.map_gate_bias = nn.Parameter(torch.empty(n_head))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """The gate as new; the maps have a method of their own."""
         # Where q and k are 0, an old key starts at e^-5 of what a key in the window weighs. Old keys are many, and an
         # untrained map hardly tells them apart: at equal weight they drown the window, in a new model and in one that
         # was just swapped in. Nor may they weigh nothing, or their maps would get no gradient. `at_zero` is
         # phi(0).phi(0); for relu and t2r, where that is 0, D stands in for it.
-        at_zero = {"hedgehog": 2 / head_dim, "hedgehog_exp": 2 * head_dim, "taylor": 1}.get(kind, head_dim)
-        self.map_gate = nn.Parameter(torch.zeros(n_head, head_dim))
-        self.map_gate_bias = nn.Parameter(torch.full((n_head,), -5 - math.log(at_zero)))
+        D = self.map_q.head_dim
+        at_zero = {"hedgehog": 2 / D, "hedgehog_exp": 2 * D, "taylor": 1}.get(self.map_q.kind, D)
+        self.map_gate.zero_()
+        self.map_gate_bias.fill_(-5 - math.log(at_zero))
 
     def log_gate(self, q):
         """q (B, H, T, D) -> (B, H, T, 1): log g, and in it what the features of q have been divided by."""

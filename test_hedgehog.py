@@ -736,6 +736,31 @@ def test_attention_runs_without_data():
             assert layer.map_q.weight.grad.shape == (2, 4, 4)
 
 
+@each_map
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_layer_made_on_the_meta_device_becomes_a_new_one(kind, window):
+    if window and kind not in hedgehog.HYBRID_MAPS:
+        return
+    options = dict(bias=True, scale=2.0, learn_temperature=True)
+
+    def make():
+        return HybridAttention(2, 4, kind, window=window, **options) if window else LinearAttention(2, 4, kind, **options)
+    torch.manual_seed(1)
+    new = make().state_dict()
+    with torch.device("meta"):
+        layer = make()
+    layer.to_empty(device="cpu")
+    for x in layer.state_dict().values():
+        x.fill_(math.nan)
+    torch.manual_seed(1)
+    for module in layer.modules():  # as FSDP does it
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert layer.state_dict().keys() == new.keys()
+    for name, x in layer.state_dict().items():
+        assert_close(x, new[name], rtol=0, atol=0)
+
+
 @each_attention
 @pytest.mark.parametrize("short_conv", [0, 3])
 @pytest.mark.parametrize("pieces", [[1] * 16, [5, 1, 1, 7, 2], [3, 13]], ids=str)
