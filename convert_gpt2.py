@@ -32,12 +32,13 @@ from hedgehog import ATTENTIONS, GPT, GPTConfig
 from train_gpt import (
     MAY_CHANGE_ON_RESUME, Log, Options, TrainConfig, best_of, check_least, cli, encode_prompt, evaluate_splits,
     find_data, get_batch, holding, interrupts, largest, learning_rate, load_checkpoint, load_model, lock_folder,
-    make_optimizer, move_aside, opt, parse_config, peak_gib, pick_device, provenance, refuse_changes, reset_peak,
-    save_json, stop_if_not_finite, train, write_atomically)
+    make_optimizer, mean_loss, move_aside, opt, parse_config, peak_gib, pick_device, provenance, refuse_changes,
+    reset_peak, save_json, stop_if_not_finite, train, write_atomically)
 from train_gpt import PRESETS as TRAIN_PRESETS
 
 EVAL_BLOCKS = 32  # of the validation text, evenly spread, on which the maps are compared with softmax
 KINDS = ("cross_entropy", "entropy", "kl")
+TINY = "runs/tiny-softmax"  # the teacher that is trained if none is named
 GPT2, GPT2_TOKENS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), 50257
 MAY_CHANGE = MAY_CHANGE_ON_RESUME | {"name", "reference", "export"}
 
@@ -154,7 +155,7 @@ def saved_config(config):
 
 def text_of(teacher):
     """The folder of the text that a run of train_gpt.py learned; "", which is data/pydoc, for any other teacher."""
-    path = best_of(Path(teacher or "runs/tiny-softmax"))
+    path = best_of(Path(teacher or TINY))
     folder = load_checkpoint(path, mmap=True)["config"]["data"] if teacher not in GPT2 and path.exists() else ""
     if folder and not Path(folder, "meta.json").exists():
         raise ValueError(f"the teacher {path} learned the text in {folder}, which is not there: name one with --data")
@@ -163,7 +164,7 @@ def text_of(teacher):
 
 def load_teacher(config):
     """(a softmax GPT, the tokenizer it was trained with or None)."""
-    name, path = config.teacher, Path(config.teacher or "runs/tiny-softmax")
+    name, path = config.teacher, Path(config.teacher or TINY)
     if name in GPT2:
         path = gpt2_files().download_teacher(name)
     elif not name and not (path / "summary.json").exists():
@@ -379,10 +380,9 @@ def distill(model, data, config, device, autocast, say, how="add --resume to the
                 stop_if_not_finite(means[0], step, config, "--distill-lr")
                 say(f"step {step:5d}  KL {means[2]:.4f} nats, by layer " + " ".join(f"{x:.3f}" for x in report["kl"]))
                 save()
-                train_loss = state["loss_sum"] / state["loss_count"] if state["loss_count"] else math.nan  # since then
                 log.write((step, step * config.batch_size * config.block_size, learning_rate(step, config),
-                           train_loss, *means, state["seconds"],
-                           state["peak_gib"], *about.values(), *(x for kind in KINDS for x in report[kind])))
+                           mean_loss(state), *means, state["seconds"], state["peak_gib"], *about.values(),
+                           *(x for kind in KINDS for x in report[kind])))
                 state.update(loss_sum=0.0, loss_count=0)
             if step == config.steps:
                 break
@@ -511,9 +511,9 @@ def convert(config, *, held):
     check_can_be_made(folder / name, "--out")
     if config.export:
         check_can_be_made(Path(config.export), "--export")
-        stages = [(folder / run / stage).resolve() for run in (name, reference_name(config))
-                  for stage in ("distilled", "finetuned")]
-        if Path(config.export).resolve() in (*stages, *(above for stage in stages for above in stage.parents)):
+        ours = [(folder / run / stage).resolve() for run in (name, reference_name(config))
+                for stage in ("distilled", "finetuned")] + [Path(config.teacher or TINY).resolve()]
+        if Path(config.export).resolve() in (*ours, *(above for path in ours for above in path.parents)):
             raise ValueError(f"--export {config.export} is where the conversion itself goes: choose another folder")
     teacher, tokenizer = load_teacher(config)
     student = swap(teacher, config)

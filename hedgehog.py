@@ -80,7 +80,7 @@ class FeatureMap(nn.Module):
         self.kind, self.n_head, self.head_dim, self.temperature, self.max_len = kind, H, D, temperature, max_len
         self.feature_dim = {"performer": m, "taylor": 1 + D + D * D, "hedgehog": 2 * D, "hedgehog_exp": 2 * D,
                             "cosformer": 2 * D}.get(kind, D)
-        learned, self.scale = kind in LEARNED_MAPS, scale
+        self.scale, learned = scale, kind in LEARNED_MAPS
         self.weight = nn.Parameter(torch.empty(H, D, D)) if learned else None
         self.bias = nn.Parameter(torch.empty(H, D)) if learned and (bias or kind == "t2r") else None
         self.log_temperature = nn.Parameter(torch.empty(H)) if learned and learn_temperature else None
@@ -90,9 +90,11 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """As new: for a model that was made on the meta device, after its `to_empty`."""
+        """The map as new: for one that was made on the meta device, after `to_empty`, also where FSDP has cut H. The
+        features of performer are drawn: seed all processes alike."""
         if self.weight is not None:
-            self.weight.copy_(self.scale * torch.eye(self.head_dim))
+            own = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight   # a DTensor's part
+            own.copy_(self.scale * torch.eye(self.head_dim))
         for p in (self.bias, self.log_temperature):
             if p is not None:
                 p.zero_()

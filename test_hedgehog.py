@@ -6,6 +6,7 @@ GPT. Letters as in hedgehog.py; "fla" is flash-linear-attention, whose issues na
 """
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -736,15 +737,14 @@ def test_attention_runs_without_data():
             assert layer.map_q.weight.grad.shape == (2, 4, 4)
 
 
-@each_map
-@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("kind, window", [*((kind, 0) for kind in hedgehog.FEATURE_MAPS),
+                                          *((kind, 3) for kind in hedgehog.HYBRID_MAPS)])
 def test_a_layer_made_on_the_meta_device_becomes_a_new_one(kind, window):
-    if window and kind not in hedgehog.HYBRID_MAPS:
-        return
     options = dict(bias=True, scale=2.0, learn_temperature=True)
 
     def make():
-        return HybridAttention(2, 4, kind, window=window, **options) if window else LinearAttention(2, 4, kind, **options)
+        kind_of_layer = partial(HybridAttention, window=window) if window else LinearAttention
+        return kind_of_layer(2, 4, kind, **options)
     torch.manual_seed(1)
     new = make().state_dict()
     with torch.device("meta"):
@@ -759,6 +759,27 @@ def test_a_layer_made_on_the_meta_device_becomes_a_new_one(kind, window):
     assert layer.state_dict().keys() == new.keys()
     for name, x in layer.state_dict().items():
         assert_close(x, new[name], rtol=0, atol=0)
+
+
+def test_a_sharded_layer_made_on_the_meta_device_becomes_a_new_one():
+    import torch.distributed as dist
+    import torch.distributed.fsdp as fsdp
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("fully_shard came with PyTorch 2.6")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            layer = HybridAttention(2, 4, bias=True, scale=2.0, window=3)
+        fsdp.fully_shard(layer, mesh=dist.init_device_mesh("cpu", (1,)))
+        layer.to_empty(device="cpu")
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        new = HybridAttention(2, 4, bias=True, scale=2.0, window=3).state_dict()
+        for name, x in layer.state_dict().items():
+            assert_close(x.full_tensor(), new[name], rtol=0, atol=0)
+    finally:
+        dist.destroy_process_group()
 
 
 @each_attention

@@ -528,6 +528,11 @@ def provenance(device, command=""):
                 python=platform.python_version(), device=devices + device_name(device))
 
 
+def mean_loss(state):
+    """Of the training steps since the last row; nan before the first."""
+    return state["loss_sum"] / state["loss_count"] if state["loss_count"] else math.nan
+
+
 class Log:
     """log.csv, one row an evaluation. A resumed run drops the rows that it is going to write again."""
 
@@ -548,8 +553,7 @@ class Log:
         self.writer = csv.DictWriter(self.file, self.columns)
 
     def row(self, step, tokens_per_step, lr, state, nats, tokens_per_second, mfu, about):
-        train_nats = state["loss_sum"] / state["loss_count"] if state["loss_count"] else math.nan  # since the last row
-        self.write((step, step * tokens_per_step, lr, train_nats, nats, perplexity(nats), state["seconds"],
+        self.write((step, step * tokens_per_step, lr, mean_loss(state), nats, perplexity(nats), state["seconds"],
                     tokens_per_second, mfu, state["peak_gib"], *about.values()))
 
     def write(self, row):
@@ -747,6 +751,7 @@ def train(config, model=None, how="add --resume to the command", command="", *, 
             if over_processes([len(received)], world)[0]:
                 settle(0)
                 save("last.pt")
+                over_processes([0.0], world)  # where one process leaves, torchrun stops the others: not while one saves
                 say(f"stopped after step {step + 1}, saved: {how} to go on")
                 raise SystemExit(130)
     summary = None

@@ -5,6 +5,7 @@ tensor has its place; GPT-2 stores the matrices of its blocks transposed. A line
 its feature maps besides, and a config.json that says which attention it has; `load_gpt2` reads both.
 """
 
+import itertools
 import json
 import os
 import re
@@ -174,8 +175,12 @@ def gpt2_config(path):
 def export(model, folder):
     """model.safetensors and config.json, in GPT-2's layout: load_gpt2 reads them, transformers too if it is softmax."""
     folder, c = Path(folder), model.config
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # nobody else's, so that it may be removed
-    part.mkdir(parents=True)
+    names = (folder.with_name(f"{folder.name}-{i}.tmp") for i in itertools.count(1))
+    try:
+        part = next(path for path in names if not path.exists())  # nobody else's, so that it may be removed
+        part.mkdir(parents=True)
+    except OSError as e:
+        raise ValueError(f"could not write {folder} ({e}): choose another --export") from e
     try:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         save_file({n: conv1d(n, p.detach()).cpu().contiguous() for n, p in tensors}, part / "model.safetensors",
@@ -186,7 +191,8 @@ def export(model, folder):
             vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
             activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=c.tie_head,
             hedgehog=asdict(c)))
-        shutil.copymode(part / "config.json", part / "model.safetensors")  # which safetensors writes for its owner alone
+        with suppress(OSError):  # a disk without modes
+            shutil.copymode(part / "config.json", part / "model.safetensors")  # safetensors': for its owner alone
         for name in ("model.safetensors", "config.json"):
             save_sha256(part / name)
         os.replace(part, folder)

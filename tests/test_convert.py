@@ -322,7 +322,7 @@ def test_a_conversion_leaves_what_a_reader_needs(command, tmp_path, teacher):
         assert len(r["kl"]) == 2
     assert all(a < b for a, b in zip(distilled["kl"], swapped["kl"])) and distilled["entropy"] == swapped["entropy"]
     log = log_rows(out / "hedgehog" / "distilled" / "log.csv")
-    assert [r["step"] for r in log] == ["0", "3", "6"]
+    assert [r["step"] for r in log] == ["0", "3", "6"] and log[0]["train_cross_entropy"] == "nan"
     assert [float(log[-1][f"kl_{i}"]) for i in range(2)] == pytest.approx(distilled["kl"], rel=1e-4)
     for stage in ("distilled", "finetuned"):
         for r in log_rows(out / "hedgehog" / stage / "log.csv"):
@@ -743,6 +743,8 @@ def test_the_ratio_is_to_the_best_teacher_finetuned_for_as_many_tokens(tmp_path)
     results.add(**row, valid_nats=1.9, valid_ppl=math.exp(1.9))  # in place of the last
     assert len(convert_gpt2.Results(tmp_path, torch.device("cpu")).rows) == 4
     assert "1.000" in str(results).splitlines()[-1].split()
+    results.add(**row, valid_nats=1.9, valid_ppl=math.exp(1.9), seconds=12.0, peak_gib=3.25)
+    assert str(results).splitlines()[-1].split()[-2:] == ["12", "3.2"] and lines[-1].split()[-2:] == ["-", "-"]
 
 
 def test_the_gpt2_preset_distils_for_two_epochs_of_the_papers_batch():
@@ -887,12 +889,16 @@ def test_an_export_that_fails_leaves_nothing_and_one_never_replaces_another(comm
 
 
 def test_an_export_leaves_what_is_beside_it_alone(tmp_path):
-    (tmp_path / "exported.tmp").mkdir()
-    (tmp_path / "exported.tmp" / "mine").write_text("not ours")
+    theirs = [tmp_path / "exported.tmp", tmp_path / "exported-1.tmp"]
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "mine").write_text("not ours")
     export(small_gpt(), tmp_path / "exported")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["exported", "exported.tmp"]
-    assert (tmp_path / "exported.tmp" / "mine").read_text() == "not ours"
-    assert len({p.stat().st_mode for p in (tmp_path / "exported").iterdir()}) == 1        # who may read one, may read all
+    assert set(tmp_path.iterdir()) == {tmp_path / "exported", *theirs}
+    assert all((folder / "mine").read_text() == "not ours" for folder in theirs)
+    with pytest.raises(ValueError, match="could not write .*choose another --export"):
+        export(small_gpt(), tmp_path / ("e" * 250))  # no room for the .tmp
+    assert len({p.stat().st_mode for p in (tmp_path / "exported").iterdir()}) == 1  # may be read alike
 
 
 @pytest.mark.parametrize("where", [".", "hedgehog", "hedgehog/distilled", "hedgehog/finetuned", "softmax",
@@ -901,6 +907,14 @@ def test_an_export_into_the_conversion_is_refused_before_anything_is_made(comman
     with pytest.raises(ValueError, match="--export .* is where the conversion itself goes: choose another folder"):
         command("--export", str(tmp_path / "table" / where))
     assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize("where", ["runs/convert-tiny/elu", "runs/tiny-softmax", "runs"])
+def test_an_export_into_the_default_folders_is_refused(where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is where the conversion itself goes"):
+        convert(parse_config(ConvertConfig, PRESETS, ["--attention", "elu", "--export", where], None))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_export_beside_the_stages_is_fine(command, tmp_path):

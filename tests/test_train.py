@@ -167,6 +167,34 @@ def test_two_processes_train_the_same_curve_as_one(text_dir, tmp_path, ahead):
     assert abs(a[0, 3] - a[-1, 3]) > 1e-3  # and it did train
 
 
+def test_a_gpu_has_its_next_step_begun_before_the_last_is_waited_for():
+    assert train_gpt.steps_ahead(torch.device("cuda")) == 1 and train_gpt.steps_ahead(torch.device("cpu")) == 0
+
+
+def test_two_processes_that_are_stopped_save_before_either_leaves(text_dir, tmp_path):
+    program = tmp_path / "slow_disk.py"  # which stops both processes after the first step, as a cluster does
+    program.write_text("""
+import os, signal, sys, time
+sys.path.insert(0, ".")
+import train_gpt as t
+write, step = t.write_atomically, t.train_step
+def slow(path, f):
+    if path.name == "last.pt" and stopped:
+        time.sleep(2)
+    write(path, f)
+def stop(*args):
+    stopped.append(os.kill(os.getpid(), signal.SIGTERM))
+    return step(*args)
+stopped, t.write_atomically = [], slow
+t.train_step = lambda *args: step(*args) if stopped else stop(*args)
+t.train(t.parse_config(t.TrainConfig, t.PRESETS))
+""")
+    done = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), *SMALL,
+                  "--data", str(text_dir), "--out", str(tmp_path / "run"))
+    assert done.returncode and "stopped after step 1, saved" in done.stdout + done.stderr
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["state"]["step"] == 1
+
+
 def test_accumulation_leaves_the_curve_as_it_is(text_dir, tmp_path):
     train(config(text_dir, tmp_path / "one", "--dropout", "0"))
     train(config(text_dir, tmp_path / "four", "--dropout", "0", "--accum", "4"))
