@@ -510,11 +510,7 @@ def convert(config, *, held):
         check_text(meta, GPT2_TOKENS, None)
     check_can_be_made(folder / name, "--out")
     if config.export:
-        check_can_be_made(Path(config.export), "--export")
-        ours = [(folder / run / stage).resolve() for run in (name, reference_name(config))
-                for stage in ("distilled", "finetuned")] + [Path(config.teacher or TINY).resolve()]
-        if Path(config.export).resolve() in (*ours, *(above for path in ours for above in path.parents)):
-            raise ValueError(f"--export {config.export} is where the conversion itself goes: choose another folder")
+        check_export(config)
     teacher, tokenizer = load_teacher(config)
     student = swap(teacher, config)
     stage1 = stage_config(config, student, "distilled", steps=config.distill_steps, accum=1, lr=config.distill_lr,
@@ -602,6 +598,15 @@ def check_can_be_made(folder, flag):
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ValueError(f"{flag}: {folder} cannot be made, {there} takes no files: choose another folder")
+
+
+def check_export(config):
+    """That it can be made, and is none of the folders that the conversion writes, nor above one."""
+    check_can_be_made(Path(config.export), "--export")
+    runs = [table_folder(config) / name for name in (run_name(config), reference_name(config))]
+    ours = [Path(config.teacher or TINY), *(run / stage for run in runs for stage in ("distilled", "finetuned"))]
+    if any(Path(config.export).resolve() in (path, *path.parents) for path in map(Path.resolve, ours)):
+        raise ValueError(f"--export {config.export} is where the conversion itself goes: choose another folder")
 
 
 def was_begun(config):

@@ -737,6 +737,12 @@ def test_attention_runs_without_data():
             assert layer.map_q.weight.grad.shape == (2, 4, 4)
 
 
+def reset_as_fsdp_does(layer):
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
 @pytest.mark.parametrize("kind, window", [*((kind, 0) for kind in hedgehog.FEATURE_MAPS),
                                           *((kind, 3) for kind in hedgehog.HYBRID_MAPS)])
 def test_a_layer_made_on_the_meta_device_becomes_a_new_one(kind, window):
@@ -753,9 +759,7 @@ def test_a_layer_made_on_the_meta_device_becomes_a_new_one(kind, window):
     for x in layer.state_dict().values():
         x.fill_(math.nan)
     torch.manual_seed(1)
-    for module in layer.modules():  # as FSDP does it
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    reset_as_fsdp_does(layer)
     assert layer.state_dict().keys() == new.keys()
     for name, x in layer.state_dict().items():
         assert_close(x, new[name], rtol=0, atol=0)
@@ -772,9 +776,7 @@ def test_a_sharded_layer_made_on_the_meta_device_becomes_a_new_one():
             layer = HybridAttention(2, 4, bias=True, scale=2.0, window=3)
         fsdp.fully_shard(layer, mesh=dist.init_device_mesh("cpu", (1,)))
         layer.to_empty(device="cpu")
-        for module in layer.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        reset_as_fsdp_does(layer)
         new = HybridAttention(2, 4, bias=True, scale=2.0, window=3).state_dict()
         for name, x in layer.state_dict().items():
             assert_close(x.full_tensor(), new[name], rtol=0, atol=0)

@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -820,11 +821,16 @@ def start_folder(out, config, model, meta, device, say, held):
                                         **provenance(device)))
 
 
+def free_name(path, ending=""):
+    """The first of path-1, path-2, ... with that ending that is not there."""
+    return next(p for i in itertools.count(1) if not (p := path.with_name(f"{path.name}-{i}{ending}")).exists())
+
+
 def move_aside(out, say):
     """Returns where it is now."""
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise ValueError(f"--out {out} is a folder you are in, and holds an earlier run: choose another")
-    aside = next(p for i in range(1, 10 ** 6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
+    aside = free_name(out)
     out.rename(aside)
     say(f"{out} held an earlier run: it is now {aside}")
     return aside

@@ -5,7 +5,6 @@ tensor has its place; GPT-2 stores the matrices of its blocks transposed. A line
 its feature maps besides, and a config.json that says which attention it has; `load_gpt2` reads both.
 """
 
-import itertools
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import torch
 
 from data.prepare import USER_AGENT, download, sha256
 from hedgehog import GPT, GPTConfig
-from train_gpt import HERE, save_json, write_atomically
+from train_gpt import HERE, free_name, save_json, write_atomically
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -175,9 +174,8 @@ def gpt2_config(path):
 def export(model, folder):
     """model.safetensors and config.json, in GPT-2's layout: load_gpt2 reads them, transformers too if it is softmax."""
     folder, c = Path(folder), model.config
-    names = (folder.with_name(f"{folder.name}-{i}.tmp") for i in itertools.count(1))
     try:
-        part = next(path for path in names if not path.exists())  # nobody else's, so that it may be removed
+        part = free_name(folder, ".tmp")  # nobody else's, so that it may be removed
         part.mkdir(parents=True)
     except OSError as e:
         raise ValueError(f"could not write {folder} ({e}): choose another --export") from e

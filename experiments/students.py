@@ -78,7 +78,7 @@ def student(teacher, data, config, device, block_size=None, change=None, **optio
                              batch_size=convert.distill_batch_size, weight_decay=0.0,
                              block_size=block_size or teacher.config.block_size)
         if stage.resume:
-            saved = load_checkpoint(Path(stage.out) / "last.pt")["config"].items()
+            saved = load_checkpoint(Path(stage.out) / "last.pt", mmap=True)["config"].items()
             flags = dict(steps="--distill-steps", seed="--seed",
                          lr="--distill-lr-t2r" if convert.attention == "t2r" else "--distill-lr")
             other = [f"{flags.get(k, k)} {v}" for k, v in saved

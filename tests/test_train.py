@@ -55,6 +55,18 @@ def script(*command, **options):
                           env=dict(os.environ, OMP_NUM_THREADS="1"), **options)
 
 
+def two_processes(program, *flags):
+    return script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, *flags)
+
+
+def changed_script(folder, change):
+    """train_gpt.py, as `t`, after this change."""
+    path = folder / "changed.py"
+    path.write_text("import sys\nsys.path.insert(0, '.')\nimport train_gpt as t\n"
+                    f"{change}\nt.train(t.parse_config(t.TrainConfig, t.PRESETS))\n")
+    return str(path)
+
+
 # ---------------------------------------------------------------- a run
 
 
@@ -153,14 +165,8 @@ def test_ctrl_c_saves_before_it_leaves(text_dir, tmp_path):
 def test_two_processes_train_the_same_curve_as_one(text_dir, tmp_path, ahead):
     flags = [*SMALL, "--data", str(text_dir), "--dropout", "0"]
     train(parse_config(TrainConfig, PRESETS, [*flags, "--out", str(tmp_path / "one")]))
-    program = Path("train_gpt.py")
-    if ahead:  # as on GPUs
-        program = tmp_path / "as_on_gpus.py"
-        program.write_text("import sys\nsys.path.insert(0, '.')\nimport train_gpt as t\n"
-                           "t.steps_ahead = lambda device: 1\n"
-                           "t.train(t.parse_config(t.TrainConfig, t.PRESETS))\n")
-    two = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), *flags,
-                 "--out", str(tmp_path / "two"), "--accum", "2")
+    as_on_gpus = changed_script(tmp_path, "t.steps_ahead = lambda device: 1")
+    two = two_processes(as_on_gpus if ahead else "train_gpt.py", *flags, "--out", str(tmp_path / "two"), "--accum", "2")
     assert two.returncode == 0, two.stderr
     a, b = np.array(rows(tmp_path / "one"), float), np.array(rows(tmp_path / "two"), float)
     np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -172,11 +178,9 @@ def test_a_gpu_has_its_next_step_begun_before_the_last_is_waited_for():
 
 
 def test_two_processes_that_are_stopped_save_before_either_leaves(text_dir, tmp_path):
-    program = tmp_path / "slow_disk.py"  # which stops both processes after the first step, as a cluster does
-    program.write_text("""
-import os, signal, sys, time
-sys.path.insert(0, ".")
-import train_gpt as t
+    # A slow disk, and both processes are stopped in the first step, as a cluster does it.
+    program = changed_script(tmp_path, """
+import os, signal, time
 write, step = t.write_atomically, t.train_step
 def slow(path, f):
     if path.name == "last.pt" and stopped:
@@ -187,10 +191,8 @@ def stop(*args):
     return step(*args)
 stopped, t.write_atomically = [], slow
 t.train_step = lambda *args: step(*args) if stopped else stop(*args)
-t.train(t.parse_config(t.TrainConfig, t.PRESETS))
 """)
-    done = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), *SMALL,
-                  "--data", str(text_dir), "--out", str(tmp_path / "run"))
+    done = two_processes(program, *SMALL, "--data", str(text_dir), "--out", str(tmp_path / "run"))
     assert done.returncode and "stopped after step 1, saved" in done.stdout + done.stderr
     assert load_checkpoint(tmp_path / "run" / "last.pt")["state"]["step"] == 1
 
